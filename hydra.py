@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Hydra: sequentially dependent draft heads for Medusa decoding (arXiv 2402.05109), in one file.
 
-A language model reads all of its weights to produce one token. Reading them for one token or for
-a few dozen takes about the same time, so decoding gets faster if several tokens can be checked in
-one forward pass of the base model. Hydra guesses a small *tree* of continuations with cheap draft
-heads, verifies the whole tree in one forward, and keeps the longest path that the base model
-itself would have written. Every decode step does the same four things:
+A language model reads all of its weights to write one token, and reading them for one token or
+for a few dozen takes about the same time. So Hydra guesses a small *tree* of continuations with
+cheap draft heads, verifies the whole tree in one forward pass of the base model, and keeps the
+longest path that the base model itself would have written. Every decode step does the same:
 
     length = number of committed tokens, whose keys and values are in the cache
     root   = the token that the base model has chosen but not yet read
@@ -46,37 +45,31 @@ L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the
 position t predicts token t + 1, head i predicts token t + 2 + i.
 
 Contents: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode
-loop, 8 training, 9 models, 10 command line. Nothing needs a section below its own.
+loop, 8 training, 9 models, 10 command line. No section needs one below its own.
 """
 import copy
 import math
-import sys
 import time
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-from transformers import AutoModel, Cache
 
 
 # ------------------------------------------------------------------------------ 1 draft heads
 
 @dataclass
 class HydraConfig:
-    """Which draft heads to build: Medusa, Hydra and Hydra++ differ in these five values only.
-
-    num_heads: K, how many tokens below the root can be guessed.  num_layers: blocks of each MLP.
-    grounded: False is Medusa (head i sees the hidden state alone), True is Hydra.
-    prefix_layer: True adds Hydra++'s extra decoder layer over the base's hidden states.
-    dropout: probability, before every block and every lm_head, in training only.
-    """
-    num_heads: int = 4
-    num_layers: int = 1
-    grounded: bool = True
-    prefix_layer: bool = False
-    dropout: float = 0.0
+    """Which draft heads to build: Medusa, Hydra and Hydra++ differ in these five values only."""
+    num_heads: int = 4          # K, how many tokens below the root can be guessed
+    num_layers: int = 1         # blocks in each head's MLP; Hydra++ has 4
+    grounded: bool = True       # True is Hydra; False is Medusa, whose heads see no tokens
+    prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
+    dropout: float = 0.0        # before every block and every lm_head, in training only
 
 
 def head_input(hidden, embeddings):
@@ -103,27 +96,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width_in, width_out)
         nn.init.zeros_(self.linear.weight)
-        same = width_in == width_out
-        self.res_connection = nn.Identity() if same else nn.Linear(width_in, width_out)
+        self.res_connection = (nn.Identity() if width_in == width_out
+                               else nn.Linear(width_in, width_out))
 
     def forward(self, x):
         return self.res_connection(x) + F.silu(self.linear(x))
-
-
-def draft_head(width_in, base_lm_head, config):
-    """One head: an MLP of `num_layers` blocks, then an lm_head of its own, a copy of the base's."""
-    vocab, width = base_lm_head.weight.shape
-    # subtle: all blocks after the first are one module, used several times over. The released
-    # heads were trained so: "4 layers" is one conditioned block and one shared block, thrice.
-    # Without conditioning the widths agree, and even the first block is that same module.
-    first = ResBlock(width_in, width)
-    shared = first if width_in == width else ResBlock(width, width)
-    lm_head = nn.Linear(width, vocab)
-    nn.init.zeros_(lm_head.bias)
-    lm_head.load_state_dict(base_lm_head.state_dict(), strict=False)  # the base's may lack a bias
-    layers = [first, *[shared] * (config.num_layers - 1), lm_head]
-    return nn.Sequential(*(part for layer in layers
-                           for part in (nn.Dropout(config.dropout), layer)))
 
 
 class DraftHeads(nn.Module):
@@ -131,36 +108,47 @@ class DraftHeads(nn.Module):
 
     config: a HydraConfig.  model: any decoder-only causal language model of transformers; the
     heads take its widths, dtype and device, start from its lm_head, and keep no reference to it.
+    Modules are named as in the released checkpoints.  Paper: 3, and 4 (Hydra++).
     """
 
     def __init__(self, config, model):
         super().__init__()
-        self.config = config
+        self.config, self.base_name = config, model.config.name_or_path
         self.choices = None  # the tree these heads draft best, where one has been searched
-        base_lm_head = model.get_output_embeddings()
-        width = base_lm_head.weight.shape[1]
-        self.heads = nn.ModuleList(
-            draft_head((i + 2) * width if config.grounded else width, base_lm_head, config)
-            for i in range(config.num_heads))
-        self.prefix_layer = make_prefix_layer(model) if config.prefix_layer else None
+        self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()
+        self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)
+        for i in range(config.num_heads):
+            # subtle: all blocks after the first are one module, used several times over. The
+            # released heads were trained so: "4 layers" are one conditioned block and one shared
+            # block, thrice. Without conditioning even the first block is that same module.
+            first = ResBlock((i + 2) * width if config.grounded else width, width)
+            shared = ResBlock(width, width) if config.grounded else first
+            blocks = [first] + [shared] * (config.num_layers - 1)
+            lm_head = nn.Linear(width, vocab)
+            nn.init.zeros_(lm_head.bias)
+            lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
+            # a released Hydra++ counts the dropout in front of each layer as a layer
+            places = range(1, 2 * len(blocks), 2) if config.prefix_layer else range(len(blocks))
+            self.hydra_mlp.append(nn.ModuleDict(zip(map(str, places), blocks)))
+            self.hydra_lm_head.append(nn.Sequential(OrderedDict({"1": lm_head}))
+                                      if config.prefix_layer else lm_head)
+        self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         self.to(model.device, model.dtype).eval()
 
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (..., D), embeddings (..., i+1, D) -> (..., V)."""
-        if not self.config.grounded:
-            return self.heads[i](hidden)
-        hidden = hidden.expand(*embeddings.shape[:-2], -1)
-        return self.heads[i](head_input(hidden, embeddings))
+        x = hidden
+        if self.config.grounded:
+            x = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
+        for layer in (*self.hydra_mlp[i].values(), self.hydra_lm_head[i]):
+            x = layer(F.dropout(x, self.config.dropout, self.training))
+        return x
 
     def read_prefix(self, hidden, **where):
-        """What the heads see in place of hidden (B, T, D): the prefix layer's output, if any.
-
-        where: attention_mask, position_ids and past_key_values, as the base model takes them;
-        without them hidden is a whole sequence from its start, read causally.
-        """
-        if self.prefix_layer is None:
+        """What the heads see in place of hidden (B, T, D); where: mask and cache, as the base."""
+        if not self.config.prefix_layer:
             return hidden
-        return self.prefix_layer(inputs_embeds=hidden, **where).last_hidden_state
+        return self.prefix_embeding_layer(inputs_embeds=hidden, **where).last_hidden_state
 
 
 def make_prefix_layer(model):
@@ -174,7 +162,7 @@ def make_prefix_layer(model):
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
     config.num_hidden_layers, config.use_cache = 1, False
-    layer = AutoModel.from_config(config)
+    layer = transformers.AutoModel.from_config(config)
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
@@ -196,34 +184,25 @@ MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
 class Tree:
     """A tree of N nodes, sorted by (depth, choice); node 0 is the root and its own parent.
 
-    choices: the N - 1 choices as a list.  parents, depths, ranks (N,): each node's parent, its
-    distance from the root, its rank among its parent's guesses.  paths (N, depth+1): the nodes
-    from the root to each node, padded with that node.  mask (N, N): see section 3.
-    levels: for section 4, derived from the rest; level d says how depth d grows into depth d + 1:
-        paths (n, d+1)  of the n nodes that have children
-        picks (m,)      where each of their m children finds its token among n * width guesses
-        width           how many best guesses each of the n nodes has to make
+    levels, for section 4: how depth d grows into depth d + 1, as (paths, picks, width):
+    paths (n, d+1) of the n nodes that have children, the width best guesses that each of them
+    makes, and picks (m,), where in those n * width guesses each of the m children finds its token.
     """
-    choices: list
-    parents: torch.Tensor
-    depths: torch.Tensor
-    ranks: torch.Tensor
-    paths: torch.Tensor
-    mask: torch.Tensor
+    choices: list          # the N - 1 choices
+    parents: torch.Tensor  # (N,) each node's parent
+    depths: torch.Tensor   # (N,) its distance from the root
+    ranks: torch.Tensor    # (N,) its rank among its parent's guesses
+    paths: torch.Tensor    # (N, depth+1) the nodes from the root to it, padded with itself
+    mask: torch.Tensor     # (N, N) bool, the tree attention mask of section 3
 
     def __post_init__(self):
-        self.levels = []
+        self.num_nodes, self.levels = len(self.parents), []
         for depth in range(int(self.depths[-1])):
             children = (self.depths == depth + 1).nonzero()[:, 0]
             expanded, place = self.parents[children].unique(return_inverse=True)
             width = int(self.ranks[children].max()) + 1
             picks = place * width + self.ranks[children]
             self.levels.append((self.paths[expanded, :depth + 1], picks, width))
-
-    @property
-    def num_nodes(self):
-        """N, the root included."""
-        return len(self.choices) + 1
 
     def to(self, device):
         """The same tree with its tensors on another device."""
@@ -249,36 +228,25 @@ def build_tree(choices):
     >>> tree.paths[4].tolist(), tree.paths[6].tolist()
     ([0, 1, 4, 4], [0, 1, 3, 6])
     """
-    check_choices(choices)
-    choices = sorted((list(choice) for choice in choices), key=lambda choice: (len(choice), choice))
-    node_of = {(): 0} | {tuple(choice): node for node, choice in enumerate(choices, start=1)}
-    parents = [0] + [node_of[tuple(choice[:-1])] for choice in choices]
-    depths = [0] + [len(choice) for choice in choices]
-    ranks = [0] + [choice[-1] for choice in choices]
-    paths = [[0] * (depths[-1] + 1)]
-    for node in range(1, len(parents)):
-        # the parent's path up to the parent, then this node until the row is full
-        depth = depths[node]
-        paths.append(paths[parents[node]][:depth] + [node] * (depths[-1] + 1 - depth))
-    parents = torch.tensor(parents)
-    return Tree(choices, parents, torch.tensor(depths), torch.tensor(ranks), torch.tensor(paths),
-                tree_attention_mask(parents))
-
-
-def check_choices(choices):
-    """Raise ValueError with the first choice that is not a path in a tree."""
-    require(isinstance(choices, (list, tuple)), f"choices must be lists of ranks, not {choices!r}")
-    seen = set()
     for choice in choices:
         require(isinstance(choice, (list, tuple)) and len(choice) > 0
                 and all(type(rank) is int and rank >= 0 for rank in choice),
-                f"choice {choice!r} must be a non-empty list of ranks 0, 1, 2, ...")
-        require(tuple(choice) not in seen, f"choice {choice!r} is there twice")
-        seen.add(tuple(choice))
-    for choice in choices:
-        parent = list(choice[:-1])
-        require(not parent or tuple(parent) in seen,
-                f"choice {choice!r} has no parent: add {parent!r}")
+                f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
+    choices = sorted(map(list, choices), key=lambda choice: (len(choice), choice))
+    node_of, parents, ranks, paths = {(): 0}, [0], [0], [[0]]
+    for node, choice in enumerate(choices, start=1):
+        parent = tuple(choice[:-1])
+        require(parent in node_of, f"choice {choice} has no parent: add {list(parent)}")
+        require(tuple(choice) not in node_of, f"choice {choice} is there twice")
+        node_of[tuple(choice)] = node
+        parents.append(node_of[parent])
+        ranks.append(choice[-1])
+        paths.append([*paths[node_of[parent]], node])
+    depths = [len(path) - 1 for path in paths]
+    paths = [path + path[-1:] * (depths[-1] + 1 - len(path)) for path in paths]  # equally long
+    parents = torch.tensor(parents)
+    return Tree(choices, parents, torch.tensor(depths), torch.tensor(ranks), torch.tensor(paths),
+                tree_attention_mask(parents))
 
 
 def require(condition, message):
@@ -419,28 +387,27 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
 
 # ---------------------------------------------------------------------------------- 6 KV cache
 
-class TreeCache(Cache):
+class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix; the tokens of a forward pass are
-    written behind it, at the slots in `slots` (B, T), and everything further is scratch.  Layers
-    read the first `live` slots.  The prefix layer is simply one more layer.
+    written behind it, at the slots in `slots` (B, T), and everything further is scratch.  The
+    prefix layer is simply one more layer.
     """
 
     def __init__(self, num_slots):
         super().__init__(layers=[])
-        self.num_slots = self.live = num_slots
-        self.slots = None
+        self.num_slots, self.slots = num_slots, None
         self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
 
     def update(self, key, value, layer_idx, *_, **__):
-        """Write key and value (B, H, T, Dh) at `slots`; return the live slots of that layer."""
+        """Write key and value (B, H, T, Dh) at `slots`; return all slots of that layer."""
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
             self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
                                   for new in (key, value)]
         for stored, new in zip(self.kv[layer_idx], (key, value)):
             stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return tuple(stored[:, :, :self.live] for stored in self.kv[layer_idx])
+        return self.kv[layer_idx]
 
 
 def commit_path(kv, length, path):
@@ -479,16 +446,14 @@ class Decoder:
         self.embed = model.get_input_embeddings()
         self.max_context = max_context
         self.cache = TreeCache(max_context + tree.num_nodes)
-        self.rows = torch.arange(batch_size, device=model.device)
-        self.length = torch.zeros_like(self.rows)       # (B,) committed tokens
-        self.root = torch.zeros_like(self.rows)         # (B,) chosen, not yet committed
-        self.active = torch.ones_like(self.rows)        # (B,) 0 once a row has finished
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
+        self.root = torch.zeros_like(self.length)       # (B,) chosen, not yet committed
+        self.active = torch.ones_like(self.length)      # (B,) 0 once a row has finished
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=model.device)  # (B, D) what the heads see
-        self.longest = 0  # no row is longer: all that the host has to know of the lengths
         self.run = torch.compile(self.advance, fullgraph=True) if compile else self.advance
-        on_cuda = model.device.type == "cuda"
-        self.graphs = {} if on_cuda and cuda_graph is not False else None
+        self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
+        self.graph = None
 
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts up to their last token, which is the root of a first, plain step.
@@ -501,18 +466,13 @@ class Decoder:
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        self.longest = 0
-        for chunk in tokens[:, :-1].split(512, dim=1):
-            self.length.fill_(self.longest)
-            self.look_at(chunk.shape[1])
+        for start, chunk in enumerate(tokens[:, :-1].split(512, dim=1)):
+            self.length.fill_(512 * start)
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.read(chunk, places, places[:, None] >= places)
-            self.longest += chunk.shape[1]
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         self.active.fill_(1)
-        self.look_at(1)
-        self.longest += 1
         return self.advance(build_tree([]).to(tokens.device))
 
     def step(self):
@@ -520,20 +480,12 @@ class Decoder:
 
         Fixed shapes, state updated in place, nothing read by the host.
         """
-        self.look_at(self.tree.num_nodes)
-        self.longest += self.tree.paths.shape[1]
-        if self.graphs is None:
+        if not self.cuda_graph:
             return self.run(self.tree)
-        if self.cache.live not in self.graphs:
-            self.graphs[self.cache.live] = self.capture()
-        graph, emitted = self.graphs[self.cache.live]
-        graph.replay()
-        return emitted
-
-    def look_at(self, num_tokens):
-        """Let attention read only as many slots as it must: a power of two, so few sizes occur."""
-        used = self.longest + num_tokens
-        self.cache.live = min(self.cache.num_slots, max(256, 1 << (used - 1).bit_length()))
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.emitted
 
     def capture(self):
         """Record one step as a CUDA graph; the runs that warm it up leave the state as it was."""
@@ -543,15 +495,14 @@ class Decoder:
             for _ in range(3):
                 self.run(self.tree)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            emitted = self.run(self.tree)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.emitted = self.run(self.tree)
         for tensor, value in zip(state, saved):
             tensor.copy_(value)
-        return graph, emitted
 
     def advance(self, tree):
-        """Draft, verify, accept, commit."""
+        """Draft, verify, accept and commit."""
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)
         logits, hidden = self.read(tokens, tree.depths, tree.mask)
         return self.commit(tokens, logits, hidden, tree)
@@ -565,7 +516,8 @@ class Decoder:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         self.cache.slots = self.length[:, None] + places
         where = dict(
-            attention_mask=mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype),
+            attention_mask=mask_behind_prefix(mask, self.length, self.cache.num_slots,
+                                              self.model.dtype),
             position_ids=(self.length[:, None] + depths).clamp(max=self.max_context - 1),
             past_key_values=self.cache, use_cache=True)
         out = self.model(input_ids=tokens, output_hidden_states=True, **where)
@@ -576,12 +528,11 @@ class Decoder:
         """Accept a path and keep its keys and values; the bonus token is the next root."""
         node, bonus = self.accept(tokens, logits, tree)
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
-        for keys, values in self.cache.kv.values():
-            commit_path(keys, self.length, path)
-            commit_path(values, self.length, path)
+        for kv in sum(self.cache.kv.values(), []):
+            commit_path(kv, self.length, path)
         self.length.add_((accepted + 1) * self.active).clamp_(max=self.max_context)
         self.root.copy_(bonus)
-        self.hidden.copy_(hidden[self.rows, node])
+        self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
         # what the step emits: the path below the root, then the bonus token
         emitted = tokens.gather(1, path).roll(-1, dims=1)
         return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
@@ -591,7 +542,7 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError when the tree asks for more than heads and vocabulary have, and the like."""
     num_heads, depth = heads.config.num_heads if heads else 0, tree.paths.shape[1] - 1
     base = tuple(model.get_output_embeddings().weight.shape)
-    own = tuple(heads.heads[0][-1].weight.shape) if heads else base
+    own = heads.shape if heads else base
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
     require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
             f"{num_heads} draft heads: cut the tree or train more heads")
@@ -602,17 +553,26 @@ def check_fit(model, heads, tree, max_context):
             f"max_context must lie between 1 and the model's {limit}, not at {max_context}")
 
 
+def choose_acceptance(name, temperature, epsilon, delta):
+    """The acceptance function of that name, its settings filled in."""
+    require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
+    require(0 < epsilon <= 1 and 0 < delta <= 1,
+            f"epsilon and delta must lie in (0, 1], not at {epsilon} and {delta}")
+    rules = dict(greedy=accept_greedy, sampling=partial(accept_sampling, temperature=temperature),
+                 typical=partial(accept_typical, temperature=temperature, epsilon=epsilon,
+                                 delta=delta))
+    require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
+    return accept_greedy if temperature == 0 else rules[name]
+
+
 @dataclass
 class Output:
-    """What `generate` returns.
-
-    sequences (B, T'): the prompt as given, new tokens from column T on, then padding.
-    emitted: for each row the tokens of each step, accepted drafts + 1 (the bonus token).
-    seconds: wall-clock time of the steps, prefill left out.
-    """
-    sequences: torch.Tensor
-    emitted: list
-    seconds: float
+    """What `generate` returns."""
+    sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
+    tree: Tree               # what was drafted
+    emitted: list            # for each row the tokens of each step, accepted drafts + bonus token
+    num_new: list            # for each row the number of new tokens
+    seconds: float           # wall-clock time of all steps, prefill left out
 
     @property
     def tokens_per_step(self):
@@ -634,19 +594,22 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     for B = 1; it gets the prompt, then each step's tokens.  cuda_graph, compile: see Decoder.
     Returns an Output.  Raises ValueError on bad arguments.
     """
-    if not isinstance(tree, Tree):
-        tree = build_tree(default_choices(heads, model) if tree is None else tree)
+    if tree is None:
+        vocab = model.get_input_embeddings().num_embeddings
+        tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < vocab
+                                 and len(choice) <= heads.config.num_heads]
+    tree = tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
-    longest, limit = max(lengths, default=0), getattr(model.config, "max_position_embeddings", None)
-    max_context = max_context or min(limit or sys.maxsize, longest + max_new_tokens)
-    require(min(lengths, default=0) > 0, "the prompt is empty: give at least one token")
-    require(longest <= max_context, f"the prompt has {longest} tokens but the context holds "
-            f"{max_context}: shorten it")
+    require(lengths and min(lengths) > 0, "the prompt is empty: give at least one token")
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
-    decoder = Decoder(model, heads, tree, len(lengths), max_context,
-                      choose_acceptance(accept, temperature, epsilon, delta),
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    max_context = max_context or min(limit, max(lengths) + max_new_tokens)
+    require(max(lengths) <= max_context, f"the prompt has {max(lengths)} tokens but the context "
+            f"holds {max_context}: shorten it")
+    accept = choose_acceptance(accept, temperature, epsilon, delta)
+    decoder = Decoder(model, heads, tree, len(lengths), max_context, accept,
                       cuda_graph=cuda_graph, compile=compile)
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     room = [min(max_new_tokens, max_context - length) for length in lengths]
@@ -669,17 +632,15 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
             if stop < len(fresh) or len(new[row]) == room[row]:
                 decoder.active[row] = 0
         running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
-        decoder.longest = longest + max(map(len, new))
         if running:
             result = decoder.step()
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()
-
     pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
-    return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1),
-                  [steps[1:] for steps in emitted], seconds)
+    return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
+                  [steps[1:] for steps in emitted], list(map(len, new)), seconds)
 
 
 def generate_plain(model, input_ids, **options):
@@ -687,24 +648,390 @@ def generate_plain(model, input_ids, **options):
     return generate(model, None, input_ids, tree=[], **options)
 
 
-def default_choices(heads, model):
-    """The heads' own tree, else the published one as far as heads and vocabulary reach."""
-    if heads is None:
-        return []
-    vocab = model.get_input_embeddings().num_embeddings
-    return heads.choices or [choice for choice in MC_SIM_7B_63
-                             if len(choice) <= heads.config.num_heads and max(choice) < vocab]
+# --------------------------------------------------------------------------------- 8 training
+# The method ends here. What follows trains it, loads models for it and runs it, mostly by means
+# of libraries.
+
+import argparse
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+from itertools import zip_longest
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 
 
-def choose_acceptance(name, temperature, epsilon, delta):
-    """The acceptance function of that name, its settings filled in."""
-    require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
-    require(0 < epsilon <= 1 and 0 < delta <= 1,
-            f"epsilon and delta must lie in (0, 1], not at {epsilon} and {delta}")
-    rules = dict(greedy=accept_greedy, sampling=partial(accept_sampling, temperature=temperature),
-                 typical=partial(accept_typical, temperature=temperature, epsilon=epsilon,
-                                 delta=delta))
-    require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
-    return accept_greedy if temperature == 0 else rules[name]
+def read_text(model, heads, input_ids):
+    """What training needs of a text (B, T): what the heads see, embeddings, the base's logits."""
+    with torch.no_grad():
+        out = model(input_ids, output_hidden_states=True, use_cache=False)
+        embeddings = model.get_input_embeddings()(input_ids)
+    return heads.read_prefix(out.hidden_states[-1]), embeddings, out.logits
 
 
+def guess_given_truth(heads, i, hidden, embeddings):
+    """Teacher forcing: head i reads true tokens instead of drafts, hidden and embeddings (B, T, D).
+
+    Returns its logits (B, T-2-i, V) at every position t that has a target, token t + 2 + i.
+    """
+    path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)     # (B, T-2-i, i+1, D)
+    return heads(i, hidden[:, :path.shape[1]], path)
+
+
+def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *, lm_weight=1.0,
+                teacher_weight=0.0):
+    """Each head's loss on a text that the base model has read.
+
+    Head i at position t is asked for token s = t + 2 + i.  lm loss: cross-entropy against token
+    s.  teacher loss: cross-entropy against the base's distribution for s, which stands at s - 1.
+
+    hidden (B, T, D): what the heads see.  embeddings (B, T, D), input_ids (B, T), base_logits
+    (B, T, V) of the same text.  labels (B, T): -100 where a token does not count; default all do.
+    Returns (K,): each head's mean over the positions that count.  Paper: 3, and 4 (teacher loss).
+    """
+    labels = input_ids if labels is None else labels
+
+    def loss(i):
+        logits = guess_given_truth(heads, i, hidden, embeddings).flatten(0, 1).float()
+        target = labels[:, i + 2:].flatten()                           # (B * (T-2-i),)
+        total = lm_weight * F.cross_entropy(logits, target, reduction="none")
+        if teacher_weight:
+            teacher = base_logits[:, i + 1:-1].flatten(0, 1).float().softmax(-1)
+            total = total + teacher_weight * F.cross_entropy(logits, teacher, reduction="none")
+        counted = target != -100
+        return (total * counted).sum() / counted.sum().clamp(min=1)
+
+    # checkpointed: only one head's logits live at a time, and backward computes them once more
+    return torch.stack([checkpoint(loss, i, use_reentrant=False)
+                        for i in range(heads.config.num_heads)])
+
+
+@torch.no_grad()
+def head_ranks(model, heads, input_ids):
+    """The rank that each head gives the true token of a text, 0 being its best guess.
+
+    input_ids (B, T) -> (B, T-1-K, K): the positions at which every head has a target.
+    """
+    hidden, embeddings, _ = read_text(model, heads, input_ids)
+    num_heads, ranks = heads.config.num_heads, []
+    for i in range(num_heads):
+        logits = guess_given_truth(heads, i, hidden, embeddings)
+        true = logits.gather(-1, input_ids[:, i + 2:, None])
+        ranks.append((logits > true).sum(-1)[:, :input_ids.shape[1] - 1 - num_heads])
+    return torch.stack(ranks, dim=-1)
+
+
+def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
+    """Train draft heads on a text; the base model stays as it is.
+
+    token_ids (M,): one long text.  lm_weight, teacher_weight: of the two losses.  options: as for
+    `fit`, at least steps.  Returns the history, a list of {"step", "loss", "top1"}, top1 the share
+    of right first guesses of each head.  Paper: 3, and 4 for teacher_weight.
+    """
+    def loss(ids, labels):
+        hidden, embeddings, logits = read_text(model, heads, ids)
+        return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
+                           teacher_weight=teacher_weight).sum()
+
+    def report(ids):
+        right = (head_ranks(model, heads, ids) == 0).double().mean((0, 1))
+        return {"top1": [round(share, 2) for share in right.tolist()]}
+
+    return fit(heads, loss, token_ids, report=report, title="draft heads", **options)
+
+
+def fit(module, loss_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, labels=None,
+        report=lambda ids: {}, title="", warmup=None, final_lr=0.33, clip=1.0, seed=0):
+    """Minimise loss_of(ids, labels), both (batch_size, seq_len), over random windows of a text.
+
+    token_ids, labels (M,), labels -100 where no loss is wanted.  AdamW, warm-up, cosine to
+    final_lr * lr, clipped gradients.  report(ids): what to log as well.  Returns what was logged.
+    """
+    require(len(token_ids) >= seq_len, f"the text has {len(token_ids)} tokens, fewer than the "
+            f"{seq_len} of one training sequence: give more text")
+    labels = token_ids if labels is None else labels
+    parameters = list(module.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
+    schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, min(100, steps // 10) if warmup is None else warmup, steps, min_lr_rate=final_lr)
+    chance, history = torch.Generator().manual_seed(seed), []
+    module.train()
+    bar = tqdm(range(steps), desc=title, unit="step", mininterval=0.5, disable=None)
+    for step in bar:
+        start = torch.randint(len(token_ids) - seq_len + 1, (batch_size, 1), generator=chance)
+        window = start + torch.arange(seq_len)
+        ids, wanted = (text[window].to(parameters[0].device) for text in (token_ids, labels))
+        optimizer.zero_grad()
+        loss = loss_of(ids, wanted)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 or step == steps - 1:
+            history.append({"step": step, "loss": loss.item(), **report(ids)})
+            bar.set_postfix(history[-1])
+    module.eval()
+    return history
+
+
+def search_tree(ranks, num_nodes):
+    """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
+
+    ranks (M, K): at M positions of the base's own text, the rank that each head gives the true
+    token.  A choice is accepted where the ranks start with it, so the num_nodes - 1 choices seen
+    most often are the best tree; it is smaller where fewer were seen.  Not in the paper.
+
+    >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
+    [[0], [1], [0, 0]]
+    """
+    seen = Counter(tuple(row[:depth]) for row in ranks.tolist() for depth in range(1, len(row) + 1))
+    best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))[:num_nodes - 1]
+    return sorted(map(list, best), key=lambda choice: (len(choice), choice))
+
+
+# ----------------------------------------------------------------------------------- 9 models
+
+def load(name, heads=None, device=None, dtype=None):
+    """A base model, its draft heads and its tokenizer, ready to decode.
+
+    name: "demo", "vicuna-7b" (-13b, -33b), a folder, or a Hub id.  heads: a folder or Hub id; None
+    for those that belong to name, if any.  device: None is the GPU if there is one.  dtype: None is
+    fp32 on a CPU, else the checkpoint's own.  Returns (model, heads or None, tokenizer).
+    Raises ValueError or OSError with one line that says what to do.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
+    if name == "demo":
+        name = demo_folder()
+        heads = heads or name / "heads"
+    elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
+        name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
+    dtype = dtype or ("float32" if device.type == "cpu" else "auto")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
+
+
+def load_heads(path_or_repo, model):
+    """Heads in the released format, from a folder or the Hub, for their base model.
+
+    Raises ValueError naming what is missing, left over, misshapen, or should be equal.
+    """
+    fetch = partial(transformers.utils.cached_file, str(path_or_repo))
+    about = json.loads(Path(fetch("config.json")).read_text())
+    arch = about.get("hydra_head_arch", "mlp")
+    require(arch in ("mlp", "prefix-mlp") and not about.get("hidden_state_offset"),
+            f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
+    heads = DraftHeads(HydraConfig(
+        about.get("hydra_num_heads", 4), about.get("hydra_num_layers", 1),
+        about.get("grounded_heads", False), arch == "prefix-mlp", about.get("dropout_rate", 0.0)),
+        model)
+    unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
+    try:
+        file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
+        file = {name: file[name] for name in file if not name.endswith(unused)}
+        heads.load_state_dict(file)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path_or_repo} does not fit this base model: {error}") from error
+    for name, tensor in heads.state_dict().items():  # a block used three times is there three times
+        require(torch.equal(tensor.cpu(), file[name].to(tensor.dtype)),
+                f"{path_or_repo}: {name} should equal the other copies of the same block")
+    tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
+    heads.choices = json.loads(Path(tree).read_text()) if tree else None
+    return heads
+
+
+def save_heads(heads, path):
+    """Write heads in the released format: config.json, hydra_lm_head.pt; the tree as tree.json."""
+    about = {"hydra_num_heads": heads.config.num_heads, "hydra_num_layers": heads.config.num_layers,
+             "hydra_head_arch": "prefix-mlp" if heads.config.prefix_layer else "mlp",
+             "grounded_heads": heads.config.grounded, "dropout_rate": heads.config.dropout,
+             "hidden_state_offset": 0, "base_model_name_or_path": heads.base_name}
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(about, indent=1))
+    (path / "tree.json").write_text(json.dumps(heads.choices))
+    torch.save(heads.state_dict(), path / "hydra_lm_head.pt.part")
+    os.replace(path / "hydra_lm_head.pt.part", path / "hydra_lm_head.pt")  # whole, or not there
+
+
+DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads), save_heads
+
+
+def build_demo(folder):
+    """A small Llama learns what Python's own language reference says about its statements.
+
+    Trains tokenizer, base model and Hydra++ heads, searches their tree, and saves it all.
+    """
+    names = ["for", "while", "if", "try", "with", "class", "function", "import", "return", "raise",
+             "break", "continue", "pass", "del", "assert", "global", "nonlocal", "async", "lambda"]
+    paragraphs = "\n\n".join(topics[name] for name in names).split("\n\n")
+    text = "\n".join(" ".join(re.sub(r'["*]', "", paragraph).split()) for paragraph in paragraphs
+                     if not re.search("^  |::=", paragraph) and len(paragraph) > 50)  # prose
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], vocab_size=512, show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None))
+    size = dict(batch_size=4, seq_len=128, lr=4e-3)
+    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1500, final_lr=0.1,
+        title="base model", **size)
+    heads = DraftHeads(HydraConfig(4, 4, prefix_layer=True), model)
+    train_heads(model, heads, ids, steps=600, lm_weight=0.0, teacher_weight=1.0, **size)
+    text = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
+    heads.choices = search_tree(head_ranks(model, heads, text)[:, 7:].flatten(0, 1), num_nodes=8)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    heads.save_pretrained(folder / "heads")
+
+
+def demo_folder():
+    """Where the demo model lies in the user's cache; trained first where it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra"
+    recipe = hashlib.sha256(inspect.getsource(build_demo).encode()).hexdigest()[:12]
+    if not (cache / recipe).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as work:
+            build_demo(Path(work) / "demo")
+            os.replace(Path(work) / "demo", cache / recipe)  # it is whole, or it is not there
+    return cache / recipe
+
+
+# ---------------------------------------------------------------------------- 10 command line
+
+class ColourStreamer(transformers.TextStreamer):
+    """Prints text as it comes, accepted drafts in green: all tokens of a step but its last."""
+    drafted = ()  # for each character to come: is it drafted?
+
+    def put(self, value):
+        """Take the prompt (1, T) or a step's tokens (n,)."""
+        pieces = [value.flatten()] if value.dim() == 2 else value.split(1)
+        for place, piece in enumerate(pieces):
+            shown, known = (len(self.tokenizer.decode(self.token_cache + more))
+                            for more in ([], piece.tolist()))
+            self.drafted += (place < len(pieces) - 1,) * (known - shown)
+            super().put(piece)
+
+    def on_finalized_text(self, text, stream_end=False):
+        """Print text, of which nothing can change any more."""
+        pairs = zip_longest(text, self.drafted[:len(text)])
+        self.drafted = self.drafted[len(text):]
+        green = "".join(f"\033[32m{char}\033[0m" if drafted else char for char, drafted in pairs)
+        super().on_finalized_text(green.replace("\033[0m\033[32m", ""), stream_end)
+
+
+def time_phases(decoder, steps=20):
+    """Median milliseconds of draft, verify, and accept with commit, each eager and waited for."""
+    def now():
+        if decoder.root.is_cuda:
+            torch.cuda.synchronize()
+        return 1000 * time.perf_counter()
+
+    times, tree = [], decoder.tree
+    for _ in range(steps):
+        marks = [now()]
+        tokens = draft_tree(decoder.heads, tree, decoder.root, decoder.hidden, decoder.embed)
+        marks.append(now())
+        logits, hidden = decoder.read(tokens, tree.depths, tree.mask)
+        marks.append(now())
+        decoder.commit(tokens, logits, hidden, tree)
+        times.append([*marks, now()])
+    return torch.tensor(times, dtype=torch.double).diff(dim=1).median(dim=0).values.tolist()
+
+
+def closing_block(out, plain, phases, accept):
+    """What a run showed, a figure a line."""
+    first = out.sequences.shape[1] - max(out.num_new)
+    grams = [tuple(row[k:k + 4]) for row, n in zip(out.sequences[:, first:].tolist(), out.num_new)
+             for k in range(n - 3)]
+    counts = Counter(count for row in out.emitted for count in row)
+    rate, plain_rate = (sum(o.num_new) / max(o.seconds, 1e-9) for o in (out, plain))
+    same = "identical to" if torch.equal(out.sequences, plain.sequences) else "differs from"
+    return f"""
+tokens per step  {out.tokens_per_step:.2f} in {sum(counts.values())} steps; plain decoding: 1.00
+accepted drafts  {",  ".join(f"{count - 1}: {counts[count]} steps" for count in sorted(counts))}
+ms per step      draft {phases[0]:.2f} + verify {phases[1]:.2f} + accept and commit {phases[2]:.2f}
+tokens/s         {rate:.0f}; plain decoding: {plain_rate:.0f}; {rate / plain_rate:.2f} times as fast
+text             {len(set(grams)) / max(len(grams), 1):.0%} of its 4-grams are distinct
+output           {"other draws than" if accept == "sampling" else same} plain decoding's"""
+
+
+def run(args):
+    """Stream the text to standard output, then write the closing block to standard error."""
+    model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
+    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    rows = [torch.tensor(tokenizer(text).input_ids, dtype=torch.long) for text in texts]
+    input_ids, mask = (nn.utils.rnn.pad_sequence(part, True).to(model.device)
+                       for part in (rows, [torch.ones_like(row) for row in rows]))
+    named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
+    tree = named[args.tree] if args.tree in named else json.loads(Path(args.tree).read_text())
+    options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
+               **{name: getattr(args, name) for name in OPTIONS}}
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    streamer = (ColourStreamer if colour else transformers.TextStreamer)(
+        tokenizer, skip_special_tokens=True)
+    torch.manual_seed(args.seed)
+    out = generate(model, heads, input_ids, tree=tree,
+                   streamer=streamer if len(rows) == 1 else None, **options)
+    if len(rows) > 1:
+        for text, row, n in zip(texts, out.sequences[:, input_ids.shape[1]:], out.num_new):
+            print(text + tokenizer.decode(row[:n], skip_special_tokens=True), end="\n\n")
+    torch.manual_seed(args.seed)
+    plain = generate_plain(model, input_ids, **options)
+    with torch.inference_mode():
+        decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
+        decoder.prefill(input_ids, mask)
+        print(closing_block(out, plain, time_phases(decoder), args.accept), file=sys.stderr)
+
+
+OPTIONS = {"max_new_tokens": "at most so many for each prompt",
+           "accept": "which drafts pass: greedy, typical or sampling",
+           "temperature": "of typical and sampling; 0 is greedy",
+           "epsilon": "typical: a probability that always passes",
+           "delta": "typical: the share of exp(-entropy) that passes"}
+
+
+def main(argv=None):
+    """The command line. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="hydra.py", description="Decode with Hydra draft heads.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="demo", help="demo, vicuna-7b, -13b, -33b, a folder, or a Hub id")
+    add("--heads", help="folder or Hub id of draft heads; None: those of the model")
+    add("--prompt", nargs="+", default=["The for statement"], metavar="TEXT",
+        help="several make a batch; - reads standard input")
+    for name, text in OPTIONS.items():  # of generate, with its own defaults
+        default = generate.__wrapped__.__kwdefaults__[name]
+        add("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
+    add("--device", help="cuda, cpu or mps; None: cuda if there is one")
+    add("--dtype", help="like bfloat16; None: float32 on a CPU, else the checkpoint's own")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except torch.OutOfMemoryError:
+        error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
+    except (ValueError, OSError) as problem:
+        error = " ".join(str(problem).split())
+    except KeyboardInterrupt:
+        return 130
+    print(f"hydra.py: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
