@@ -88,8 +88,7 @@ def head_input(hidden, embeddings):
 class ResBlock(nn.Module):
     """y = R(x) + SiLU(W x + b), with W zero at first, so that a new block changes little.
 
-    R is the identity, or a projection where the width changes: only in the first block of a
-    grounded head, which takes (i+2)*D to D.
+    R is the identity; only in the first block of a grounded head it projects (i+2)*D to D.
     """
 
     def __init__(self, width_in, width_out):
@@ -172,8 +171,7 @@ def make_prefix_layer(model):
 
 # -------------------------------------------------------------------------------------- 2 tree
 
-# The tree that Medusa and Hydra were published with: for each expanded choice, how many of its
-# best children are in the tree
+# The tree of the released code: for each expanded choice, how many of its best children are in it
 MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
     (): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1,
     (9,): 1, (0, 0): 10, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1,
@@ -228,7 +226,7 @@ def build_tree(choices):
     >>> tree.paths[4].tolist(), tree.paths[6].tolist()
     ([0, 1, 4, 4], [0, 1, 3, 6])
     """
-    for choice in choices:
+    for choice in choices if isinstance(choices, (list, tuple)) else [choices]:
         require(isinstance(choice, (list, tuple)) and len(choice) > 0
                 and all(type(rank) is int and rank >= 0 for rank in choice),
                 f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
@@ -244,9 +242,8 @@ def build_tree(choices):
         paths.append([*paths[node_of[parent]], node])
     depths = [len(path) - 1 for path in paths]
     paths = [path + path[-1:] * (depths[-1] + 1 - len(path)) for path in paths]  # equally long
-    parents = torch.tensor(parents)
-    return Tree(choices, parents, torch.tensor(depths), torch.tensor(ranks), torch.tensor(paths),
-                tree_attention_mask(parents))
+    parents, depths, ranks, paths = map(torch.tensor, (parents, depths, ranks, paths))
+    return Tree(choices, parents, depths, ranks, paths, tree_attention_mask(parents))
 
 
 def require(condition, message):
@@ -291,8 +288,7 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
     slots = torch.arange(num_slots, device=length.device)
     column = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)         # (B, S)
     visible = columns[:, column].transpose(0, 1)[:, None]                  # (B, 1, T, S)
-    return visible.new_zeros(visible.shape, dtype=dtype).masked_fill(
-        ~visible, torch.finfo(dtype).min)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 # ---------------------------------------------------------------------------------- 4 drafting
@@ -466,9 +462,10 @@ class Decoder:
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        for start, chunk in enumerate(tokens[:, :-1].split(512, dim=1)):
-            self.length.fill_(512 * start)
+        for start in range(0, tokens.shape[1] - 1, 512):  # in pieces, so that masks stay small
+            chunk = tokens[:, start:-1][:, :512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
+            self.length.fill_(start)
             self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
@@ -594,11 +591,10 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     for B = 1; it gets the prompt, then each step's tokens.  cuda_graph, compile: see Decoder.
     Returns an Output.  Raises ValueError on bad arguments.
     """
-    if tree is None:
-        vocab = model.get_input_embeddings().num_embeddings
-        tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < vocab
+    if tree is None and heads:
+        tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
                                  and len(choice) <= heads.config.num_heads]
-    tree = tree if hasattr(tree, "paths") else build_tree(tree)
+    tree = tree if hasattr(tree, "paths") else build_tree(tree or [])
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
     require(lengths and min(lengths) > 0, "the prompt is empty: give at least one token")
@@ -638,7 +634,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if streamer:
         streamer.end()
     pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in new],
+                                          True, pad)
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
                   [steps[1:] for steps in emitted], list(map(len, new)), seconds)
 
@@ -649,9 +646,6 @@ def generate_plain(model, input_ids, **options):
 
 
 # --------------------------------------------------------------------------------- 8 training
-# The method ends here. What follows trains it, loads models for it and runs it, mostly by means
-# of libraries.
-
 import argparse
 import hashlib
 import inspect
@@ -666,6 +660,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from tokenizers import ByteLevelBPETokenizer
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
@@ -678,21 +673,13 @@ def read_text(model, heads, input_ids):
     return heads.read_prefix(out.hidden_states[-1]), embeddings, out.logits
 
 
-def guess_given_truth(heads, i, hidden, embeddings):
-    """Teacher forcing: head i reads true tokens instead of drafts, hidden and embeddings (B, T, D).
-
-    Returns its logits (B, T-2-i, V) at every position t that has a target, token t + 2 + i.
-    """
-    path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)     # (B, T-2-i, i+1, D)
-    return heads(i, hidden[:, :path.shape[1]], path)
-
-
 def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *, lm_weight=1.0,
                 teacher_weight=0.0):
     """Each head's loss on a text that the base model has read.
 
-    Head i at position t is asked for token s = t + 2 + i.  lm loss: cross-entropy against token
-    s.  teacher loss: cross-entropy against the base's distribution for s, which stands at s - 1.
+    Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
+    token s = t + 2 + i.  lm loss: cross-entropy against token s.  teacher loss: cross-entropy
+    against the base's distribution for s, which stands at s - 1.
 
     hidden (B, T, D): what the heads see.  embeddings (B, T, D), input_ids (B, T), base_logits
     (B, T, V) of the same text.  labels (B, T): -100 where a token does not count; default all do.
@@ -701,7 +688,8 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
     labels = input_ids if labels is None else labels
 
     def loss(i):
-        logits = guess_given_truth(heads, i, hidden, embeddings).flatten(0, 1).float()
+        path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)  # (B, T-2-i, i+1, D)
+        logits = heads(i, hidden[:, :-2 - i], path).flatten(0, 1).float()
         target = labels[:, i + 2:].flatten()                           # (B * (T-2-i),)
         total = lm_weight * F.cross_entropy(logits, target, reduction="none")
         if teacher_weight:
@@ -717,14 +705,12 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 
 @torch.no_grad()
 def head_ranks(model, heads, input_ids):
-    """The rank that each head gives the true token of a text, 0 being its best guess.
-
-    input_ids (B, T) -> (B, T-1-K, K): the positions at which every head has a target.
-    """
+    """Which rank each head gives the true token of a text (B, T), 0 the best: (B, T-1-K, K)."""
     hidden, embeddings, _ = read_text(model, heads, input_ids)
     num_heads, ranks = heads.config.num_heads, []
     for i in range(num_heads):
-        logits = guess_given_truth(heads, i, hidden, embeddings)
+        path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)
+        logits = heads(i, hidden[:, :-2 - i], path)                    # (B, T-2-i, V)
         true = logits.gather(-1, input_ids[:, i + 2:, None])
         ranks.append((logits > true).sum(-1)[:, :input_ids.shape[1] - 1 - num_heads])
     return torch.stack(ranks, dim=-1)
@@ -733,9 +719,8 @@ def head_ranks(model, heads, input_ids):
 def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
     """Train draft heads on a text; the base model stays as it is.
 
-    token_ids (M,): one long text.  lm_weight, teacher_weight: of the two losses.  options: as for
-    `fit`, at least steps.  Returns the history, a list of {"step", "loss", "top1"}, top1 the share
-    of right first guesses of each head.  Paper: 3, and 4 for teacher_weight.
+    token_ids (M,): one long text.  options: as for `fit`, at least steps.  Returns the history, a
+    list of {"step", "loss", "top1"}, top1 each head's share of right first guesses.  Paper: 3, 4.
     """
     def loss(ids, labels):
         hidden, embeddings, logits = read_text(model, heads, ids)
@@ -801,12 +786,11 @@ def search_tree(ranks, num_nodes):
 # ----------------------------------------------------------------------------------- 9 models
 
 def load(name, heads=None, device=None, dtype=None):
-    """A base model, its draft heads and its tokenizer, ready to decode.
+    """A base model, its draft heads (or None) and its tokenizer, ready to decode.
 
     name: "demo", "vicuna-7b" (-13b, -33b), a folder, or a Hub id.  heads: a folder or Hub id; None
-    for those that belong to name, if any.  device: None is the GPU if there is one.  dtype: None is
-    fp32 on a CPU, else the checkpoint's own.  Returns (model, heads or None, tokenizer).
-    Raises ValueError or OSError with one line that says what to do.
+    for those that belong to name.  device: None is the GPU if there is one.  dtype: None is fp32
+    on a CPU, else the checkpoint's own.  Raises ValueError or OSError.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
@@ -822,10 +806,7 @@ def load(name, heads=None, device=None, dtype=None):
 
 
 def load_heads(path_or_repo, model):
-    """Heads in the released format, from a folder or the Hub, for their base model.
-
-    Raises ValueError naming what is missing, left over, misshapen, or should be equal.
-    """
+    """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
     fetch = partial(transformers.utils.cached_file, str(path_or_repo))
     about = json.loads(Path(fetch("config.json")).read_text())
     arch = about.get("hydra_head_arch", "mlp")
@@ -868,10 +849,7 @@ DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads
 
 
 def build_demo(folder):
-    """A small Llama learns what Python's own language reference says about its statements.
-
-    Trains tokenizer, base model and Hydra++ heads, searches their tree, and saves it all.
-    """
+    """Train a small Llama on Python's own language reference, Hydra++ heads, and their tree."""
     names = ["for", "while", "if", "try", "with", "class", "function", "import", "return", "raise",
              "break", "continue", "pass", "del", "assert", "global", "nonlocal", "async", "lambda"]
     paragraphs = "\n\n".join(topics[name] for name in names).split("\n\n")
@@ -886,10 +864,10 @@ def build_demo(folder):
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
         num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None))
     size = dict(batch_size=4, seq_len=128, lr=4e-3)
-    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1500, final_lr=0.1,
+    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1300, final_lr=0.1,
         title="base model", **size)
     heads = DraftHeads(HydraConfig(4, 4, prefix_layer=True), model)
-    train_heads(model, heads, ids, steps=600, lm_weight=0.0, teacher_weight=1.0, **size)
+    train_heads(model, heads, ids, steps=500, lm_weight=0.0, teacher_weight=1.0, **size)
     text = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
     heads.choices = search_tree(head_ranks(model, heads, text)[:, 7:].flatten(0, 1), num_nodes=8)
     tokenizer.save_pretrained(folder)
@@ -911,13 +889,19 @@ def demo_folder():
 
 # ---------------------------------------------------------------------------- 10 command line
 
+OPTIONS = {"max_new_tokens": "at most so many for each prompt",
+           "accept": "which drafts pass: greedy, typical or sampling",
+           "temperature": "of typical and sampling; 0 is greedy",
+           "epsilon": "typical: a probability that always passes",
+           "delta": "typical: the share of exp(-entropy) that passes"}
+
+
 class ColourStreamer(transformers.TextStreamer):
     """Prints text as it comes, accepted drafts in green: all tokens of a step but its last."""
     drafted = ()  # for each character to come: is it drafted?
 
     def put(self, value):
-        """Take the prompt (1, T) or a step's tokens (n,)."""
-        pieces = [value.flatten()] if value.dim() == 2 else value.split(1)
+        pieces = value if value.dim() == 2 else value.split(1)  # the prompt, or a step's tokens
         for place, piece in enumerate(pieces):
             shown, known = (len(self.tokenizer.decode(self.token_cache + more))
                             for more in ([], piece.tolist()))
@@ -925,30 +909,21 @@ class ColourStreamer(transformers.TextStreamer):
             super().put(piece)
 
     def on_finalized_text(self, text, stream_end=False):
-        """Print text, of which nothing can change any more."""
         pairs = zip_longest(text, self.drafted[:len(text)])
         self.drafted = self.drafted[len(text):]
         green = "".join(f"\033[32m{char}\033[0m" if drafted else char for char, drafted in pairs)
         super().on_finalized_text(green.replace("\033[0m\033[32m", ""), stream_end)
 
 
-def time_phases(decoder, steps=20):
-    """Median milliseconds of draft, verify, and accept with commit, each eager and waited for."""
-    def now():
-        if decoder.root.is_cuda:
-            torch.cuda.synchronize()
-        return 1000 * time.perf_counter()
-
-    times, tree = [], decoder.tree
-    for _ in range(steps):
-        marks = [now()]
-        tokens = draft_tree(decoder.heads, tree, decoder.root, decoder.hidden, decoder.embed)
-        marks.append(now())
-        logits, hidden = decoder.read(tokens, tree.depths, tree.mask)
-        marks.append(now())
-        decoder.commit(tokens, logits, hidden, tree)
-        times.append([*marks, now()])
-    return torch.tensor(times, dtype=torch.double).diff(dim=1).median(dim=0).values.tolist()
+def time_phases(decoder):
+    """Mean milliseconds of draft, verify, and accept with commit, each by itself and eager."""
+    tree = decoder.tree
+    draft = partial(draft_tree, decoder.heads, tree, decoder.root, decoder.hidden, decoder.embed)
+    tokens = draft()
+    verify = partial(decoder.read, tokens, tree.depths, tree.mask)
+    commit = partial(decoder.commit, tokens, *verify(), tree)
+    return [1000 * Timer("phase()", globals={"phase": phase}, num_threads=torch.get_num_threads())
+            .timeit(20).mean for phase in (draft, verify, commit)]
 
 
 def closing_block(out, plain, phases, accept):
@@ -969,7 +944,7 @@ output           {"other draws than" if accept == "sampling" else same} plain de
 
 
 def run(args):
-    """Stream the text to standard output, then write the closing block to standard error."""
+    """Stream the text to standard output, the closing block to standard error; the exit code."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
     texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
     rows = [torch.tensor(tokenizer(text).input_ids, dtype=torch.long) for text in texts]
@@ -980,13 +955,12 @@ def run(args):
     options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
                **{name: getattr(args, name) for name in OPTIONS}}
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    streamer = (ColourStreamer if colour else transformers.TextStreamer)(
-        tokenizer, skip_special_tokens=True)
+    streamer = ColourStreamer if colour else transformers.TextStreamer
+    streamer = streamer(tokenizer, skip_special_tokens=True) if len(rows) == 1 else None
     torch.manual_seed(args.seed)
-    out = generate(model, heads, input_ids, tree=tree,
-                   streamer=streamer if len(rows) == 1 else None, **options)
-    if len(rows) > 1:
-        for text, row, n in zip(texts, out.sequences[:, input_ids.shape[1]:], out.num_new):
+    out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
+    for text, row, n in zip(texts, out.sequences[:, input_ids.shape[1]:], out.num_new):
+        if streamer is None:
             print(text + tokenizer.decode(row[:n], skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
@@ -994,13 +968,7 @@ def run(args):
         decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
         decoder.prefill(input_ids, mask)
         print(closing_block(out, plain, time_phases(decoder), args.accept), file=sys.stderr)
-
-
-OPTIONS = {"max_new_tokens": "at most so many for each prompt",
-           "accept": "which drafts pass: greedy, typical or sampling",
-           "temperature": "of typical and sampling; 0 is greedy",
-           "epsilon": "typical: a probability that always passes",
-           "delta": "typical: the share of exp(-entropy) that passes"}
+    return 0
 
 
 def main(argv=None):
@@ -1021,8 +989,7 @@ def main(argv=None):
     add("--dtype", help="like bfloat16; None: float32 on a CPU, else the checkpoint's own")
     args = parser.parse_args(argv)
     try:
-        run(args)
-        return 0
+        return run(args)
     except torch.OutOfMemoryError:
         error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
     except (ValueError, OSError) as problem:

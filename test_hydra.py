@@ -1,0 +1,1203 @@
+# SPDX-License-Identifier: MIT
+"""Tests of hydra.py, one group for each of its sections, in its order; also a course autograder.
+
+    pytest                                             everything
+    pytest -k acceptance                               one section
+    pytest -k accept_typical                           one exercise
+    HYDRA=my_solution pytest -k tree_attention_mask    the same exercise in my_solution.py
+    HYDRA=my_solution HYDRA_REF=hydra pytest           every exercise graded alone: whatever else
+                                                       a test calls comes from hydra.py
+    python test_hydra.py --handout > my_solution.py    hydra.py with the exercises left blank
+
+An exercise's tests carry its name. Expected values come from literals, from slow loops written
+straight from the definitions, and from `model.generate`, never from the function under test.
+"""
+import ast
+import doctest
+import importlib
+import inspect
+import itertools
+import math
+import os
+import random
+import sys
+from functools import lru_cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.testing import assert_close
+
+hydra = importlib.import_module(os.environ.get("HYDRA", "hydra"))
+reference = importlib.import_module(os.environ["HYDRA_REF"]) if "HYDRA_REF" in os.environ else None
+EXERCISES = ["head_input", "build_tree", "tree_attention_mask", "draft_tree", "accept_greedy",
+             "accept_typical", "accept_sampling", "commit_path", "head_losses", "search_tree"]
+
+torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def graded_alone(request, monkeypatch):
+    """With HYDRA_REF: put the reference in the place of every exercise but the one under test."""
+    if reference is None:
+        return
+    tested = [name for name in EXERCISES if name in request.node.name]
+    assert len(tested) <= 1, f"a test belongs to one exercise, not to {tested}"
+    for name in EXERCISES:
+        if name not in tested and hasattr(reference, name):
+            monkeypatch.setattr(hydra, name, getattr(reference, name))
+
+
+def handout():
+    """hydra.py with `raise NotImplementedError` for the exercises' bodies; all else stays."""
+    source = inspect.getsource(hydra)
+    lines = source.splitlines(keepends=True)
+    for function in reversed(ast.parse(source).body):
+        if isinstance(function, ast.FunctionDef) and function.name in EXERCISES:
+            docstring = function.body[0]
+            lines[docstring.end_lineno:function.end_lineno] = ["    raise NotImplementedError\n"]
+    return "".join(lines)
+
+
+# ------------------------------------------------------------------------------ what tests need
+
+VOCAB, WIDTH, LIMIT, NUM_HEADS = 32, 32, 96, 4  # LIMIT: the longest context of the bases below
+SEVEN = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]  # the running example of hydra.py
+KINDS = {"medusa": dict(grounded=False), "hydra": dict(),
+         "hydra++": dict(num_layers=4, prefix_layer=True)}
+BASES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-gqa": ("LlamaConfig", dict(num_key_value_heads=2, rope_parameters=dict(
+        rope_type="default", rope_theta=500.0))),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
+    "qwen3": ("Qwen3Config", dict(num_key_value_heads=1, head_dim=16)),
+    "mistral": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None)),
+    "gemma": ("GemmaConfig", dict(num_key_value_heads=2, head_dim=16)),
+    "phi3": ("Phi3Config", dict(num_key_value_heads=2)),
+    "phi": ("PhiConfig", {}),  # its lm_head has a bias
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {}),  # learned positions: none behind the last
+    "opt": ("OPTConfig", dict(ffn_dim=48, word_embed_proj_dim=WIDTH, init_std=0.5)),
+}
+
+
+@lru_cache(maxsize=None)
+def base(name, dtype=torch.float32, device="cpu", **changes):
+    """A tiny random base model. Its weights are large, so that its greedy text varies."""
+    config, own = BASES[name]
+    settings = dict(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=LIMIT, initializer_range=0.5, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None) | ({} if name in ("gpt2", "opt") else dict(intermediate_size=48))
+    torch.manual_seed(1)
+    config = getattr(transformers, config)(**settings | own | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device, dtype)
+    return model.requires_grad_(False)
+
+
+def make_heads(kind, model, seed=0, **changes):
+    """Draft heads with random weights throughout."""
+    heads = hydra.DraftHeads(hydra.HydraConfig(**KINDS[kind] | changes), model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.normal_(std=0.3)
+    return heads
+
+
+def random_choices(seed, size=16, depth=NUM_HEADS, ranks=7):
+    """A random tree: ranks with gaps, children below any node."""
+    chance, choices = random.Random(seed), [()]
+    while len(choices) < size:
+        parent = chance.choice([choice for choice in choices if len(choice) < depth])
+        choice = (*parent, chance.randrange(ranks))
+        choices += [choice] if choice not in choices else []
+    chance.shuffle(choices)
+    return [list(choice) for choice in choices if choice]
+
+
+def ancestors(choices, node):
+    """The nodes from depth 1 to node itself, found by name."""
+    choices = sorted(map(tuple, choices), key=lambda choice: (len(choice), choice))
+    choice = choices[node - 1] if node else ()
+    return [choices.index(choice[:depth]) + 1 for depth in range(1, len(choice) + 1)]
+
+
+def random_prompts(seed, *lengths):
+    chance = random.Random(seed)
+    return [tuple(chance.choices(range(VOCAB), k=length)) for length in lengths]
+
+
+def pad(prompts, side="right", device="cpu"):
+    """A ragged batch: input_ids and attention_mask, both (B, T)."""
+    width = max(map(len, prompts))
+    fill = [[0] * (width - len(prompt)) for prompt in prompts]
+    join = (lambda row, rest: row + rest) if side == "right" else (lambda row, rest: rest + row)
+    ids = [join(list(prompt), rest) for prompt, rest in zip(prompts, fill)]
+    mask = [join([1] * len(prompt), rest) for prompt, rest in zip(prompts, fill)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@lru_cache(maxsize=None)
+def continuation(model, prompt, limit=LIMIT):
+    """What `model.generate` writes after prompt until the context is full: the oracle."""
+    if len(prompt) >= limit:
+        return []
+    ids = torch.tensor([prompt], device=model.device)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                          max_new_tokens=limit - len(prompt), pad_token_id=0, eos_token_id=None)
+    return text[0, len(prompt):].tolist()
+
+
+def wanted(model, prompt, max_new_tokens, eos=(), limit=LIMIT):
+    """The oracle's text, cut after the first EOS or at max_new_tokens."""
+    new = continuation(model, prompt, limit)[:max_new_tokens]
+    stop = next((place + 1 for place, token in enumerate(new) if token in eos), len(new))
+    return new[:stop]
+
+
+def assert_greedy(model, prompts, output, max_new_tokens, eos=(), padding=0, limit=LIMIT):
+    """Row by row what the oracle writes; returns the rows that parted at a near tie (excused)."""
+    start, tied = max(map(len, prompts)), []
+    rows = output.sequences[:, start:].tolist()
+    texts = [wanted(model, prompt, max_new_tokens, eos, limit) for prompt in prompts]
+    for row, (prompt, text, got) in enumerate(zip(prompts, texts, rows)):
+        if got[:len(text)] == text and all(token == padding for token in got[len(text):]):
+            assert len(got) == max(map(len, texts)) or tied
+            before = 1 + sum(output.emitted[row]) if text else 0
+            assert before >= len(text)                                # what the steps emitted
+            assert not output.emitted[row] or before - output.emitted[row][-1] < len(text)
+            continue
+        place = next(k for k, pair in enumerate(zip(got, text)) if pair[0] != pair[1])
+        ids = torch.tensor([[*prompt, *text[:place]]], device=model.device)
+        first, second = model(ids).logits[0, -1].double().topk(2).values.tolist()
+        allowed = 4 * 2 ** -8 * abs(first) if model.dtype == torch.bfloat16 else 1e-5
+        assert first - second <= allowed, f"row {row} parts from generate at new token {place}"
+        tied.append(row)
+    return tied
+
+
+class ScriptedHeads(hydra.DraftHeads):
+    """Draft heads that know what the base will write, and tell it as far as they are told to.
+
+    They recognise the position by the hidden state they are given (or, with a prefix layer, by
+    its output), and give nothing away unless the embeddings are those of the true tokens. So the
+    drafts they get accepted are known beforehand, and a decode loop that hands them a wrong state
+    or a wrong path is found out. pick: position -> choice, the path along which they are right.
+    """
+
+    def script(self, model, prompts, pick, limit=LIMIT):
+        self.embed, states, future = model.get_input_embeddings(), [], []
+        for prompt in prompts:
+            text = torch.tensor([*prompt, *continuation(model, prompt, limit)])
+            hidden = model(text[None], output_hidden_states=True).hidden_states[-1]
+            ahead = F.pad(text, (0, NUM_HEADS + 1), value=-1).unfold(0, NUM_HEADS + 2, 1)
+            new = slice(len(prompt) - 1, None)                        # where drafting can start
+            states.append(self.read_prefix(hidden)[0, new])
+            future.append(ahead[new, 1:])                             # tokens t+1 .. t+1+K
+        self.states, self.future = torch.cat(states), torch.cat(future)
+        self.starts = [0, *itertools.accumulate(map(len, states))]
+        # a text that repeats one token has one state throughout: count it as one position
+        self.first = ((self.states[:, None] - self.states).norm(dim=-1) < 2e-3).int().argmax(1)
+        self.picks = [list(pick(t)) for t in range(len(self.states))]
+        never = [VOCAB - 1] * NUM_HEADS                               # the rank of no choice
+        self.answer_ranks = torch.tensor([(choice + never)[:NUM_HEADS] for choice in self.picks])
+        return self
+
+    def forward(self, i, hidden, embeddings):
+        distance, place = (hidden - self.states).norm(dim=-1).min(-1)
+        place = self.first[place]
+        path, answer = self.future[place, :i + 1], self.future[place, i + 1]
+        known = ((distance < 1e-3) & (answer >= 0))[:, None]          # (B, 1)
+        if self.config.grounded:                                      # (B, n)
+            path = self.embed(path.clamp(min=0))[:, None]
+            known = known & (embeddings == path).flatten(2).all(-1)
+        rank = torch.where(known, self.answer_ranks[place, i, None], VOCAB - 1)
+        logits = torch.rand(*rank.shape, VOCAB, dtype=torch.float64)
+        answer = answer.clamp(min=0)[:, None, None].expand(*rank.shape, 1)
+        others = logits.scatter(2, answer, -1.0).sort(descending=True).values
+        bounds = F.pad(others[..., :-1], (1, 0), value=2.0)           # rank r lies between
+        bounds = F.pad(bounds, (0, 1), value=-1.0)                    # bounds r and r + 1
+        between = bounds.gather(2, rank[..., None]) + bounds.gather(2, rank[..., None] + 1)
+        return logits.scatter(2, answer, between / 2)
+
+    def accepted(self, row, num_new):
+        """The accepted drafts of every step that row should take to num_new tokens."""
+        done, steps = 1, []
+        while done < num_new:
+            steps.append(len(self.picks[self.first[self.starts[row] + done - 1]]))
+            done += steps[-1] + 1
+        return steps
+
+
+def scripted_heads(kind, model, prompts, choices, drafter="varied", seed=0, limit=LIMIT):
+    """Right along a longest path, along a random one of random depth, or never."""
+    levels = [[choice for choice in [[], *choices] if len(choice) == depth]
+              for depth in range(1 + max(map(len, choices), default=0))]
+    chance = random.Random(seed)
+    pick = dict(oracle=lambda t: chance.choice(levels[-1]), wrong=lambda t: [],
+                varied=lambda t: chance.choice(chance.choice(levels)))[drafter]
+    torch.manual_seed(seed)
+    heads = ScriptedHeads(hydra.HydraConfig(**KINDS[kind]), model)
+    return heads.script(model, prompts, pick, limit)
+
+
+def decoder_after_prompt(model, heads, choices, prompts, accept=None, side="right"):
+    tree = hydra.build_tree(choices)
+    decoder = hydra.Decoder(model, heads, tree, len(prompts), LIMIT, accept)
+    return decoder, decoder.prefill(*pad(prompts, side))
+
+
+def assert_distributed(outcomes, probs):
+    """Pearson's chi-squared test of outcomes (M,) against probs (C,), at five sigma."""
+    counts = torch.bincount(outcomes, minlength=len(probs)).double()
+    expected = probs.double() * len(outcomes)
+    assert counts[expected == 0].sum() == 0, "something happened that cannot"
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    freedom = len(counts) - 1
+    distance = ((counts - expected) ** 2 / expected.clamp(min=1)).sum().item()
+    assert distance < freedom + 5 * (2 * freedom) ** 0.5
+
+
+# ------------------------------------------------------------------------------ 1 draft heads
+
+def test_draft_heads_head_input_is_hidden_then_embeddings_oldest_first():
+    hidden, embeddings = torch.randn(2, 3, 4), torch.randn(2, 3, 5, 4)
+    got = hydra.head_input(hidden, embeddings)
+    assert got.shape == (2, 3, 6 * 4)
+    assert_close(got[..., :4], hidden)
+    for k in range(5):
+        assert_close(got[..., 4 * (k + 1):4 * (k + 2)], embeddings[..., k, :])
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_draft_heads_equal_their_formula(kind, num_layers):
+    """Weights by their released names: block j is number 2j + 1 beside a prefix layer, else j."""
+    heads = make_heads(kind, base("llama"), num_layers=num_layers)
+    hidden, embeddings = torch.randn(2, 1, WIDTH), torch.randn(2, 5, NUM_HEADS, WIDTH)
+    weights = heads.state_dict()
+    for i in range(NUM_HEADS):
+        x, inner = hidden, "1." if kind == "hydra++" else ""
+        if kind != "medusa":
+            x = torch.cat([hidden.expand(2, 5, WIDTH), *embeddings[:, :, :i + 1].unbind(2)], -1)
+        for j in range(num_layers):
+            name = f"hydra_mlp.{i}.{2 * j + 1 if inner else j}."
+            w, b = weights[name + "linear.weight"], weights[name + "linear.bias"]
+            step, rest = x @ w.T + b, x
+            assert (name + "res_connection.weight" in weights) == (j == 0 and kind != "medusa")
+            if j == 0 and kind != "medusa":
+                rest = x @ weights[name + "res_connection.weight"].T
+                rest = rest + weights[name + "res_connection.bias"]
+            elif j > 1:  # blocks after the first are one and the same
+                last = f"hydra_mlp.{i}.{2 * j - 1 if inner else j - 1}.linear.weight"
+                assert w.data_ptr() == weights[last].data_ptr()
+            x = rest + step * torch.sigmoid(step)
+        name = f"hydra_lm_head.{i}.{inner}"
+        expected = x @ weights[name + "weight"].T + weights[name + "bias"]
+        assert_close(heads(i, hidden, embeddings[:, :, :i + 1]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_draft_heads_start_from_the_base(name):
+    model = base(name)
+    heads = hydra.DraftHeads(hydra.HydraConfig(num_layers=3), model)
+    assert not heads.training and heads.config.num_heads == 4
+    steps = [w for key, w in heads.named_parameters() if key.endswith("linear.weight")]
+    assert len(steps) == 8 and not any(w.any() for w in steps)  # two different blocks for each head
+    own, bias = heads.state_dict(), model.lm_head.bias
+    for i in range(4):
+        weight = own[f"hydra_lm_head.{i}.weight"]
+        assert_close(weight, model.lm_head.weight)
+        assert weight.data_ptr() != model.lm_head.weight.data_ptr()
+        assert_close(own[f"hydra_lm_head.{i}.bias"], torch.zeros(VOCAB) if bias is None else bias)
+
+
+def test_draft_heads_of_medusa_read_no_tokens():
+    hidden, embeddings = torch.randn(2, 1, WIDTH), torch.randn(2, 3, 2, WIDTH)
+    medusa, grounded = (make_heads(kind, base("llama")) for kind in ("medusa", "hydra"))
+    assert medusa(1, hidden, embeddings).shape == (2, 1, VOCAB)
+    assert grounded(1, hidden, embeddings).shape == (2, 3, VOCAB)
+    assert_close(medusa(1, hidden, embeddings), medusa(1, hidden, embeddings + 1))
+    for token in range(2):  # each of a grounded head's tokens matters
+        other = embeddings.clone()
+        other[:, :, token] += 1
+        assert not torch.allclose(grounded(1, hidden, embeddings), grounded(1, hidden, other))
+
+
+def test_draft_heads_drop_out_in_training_only():
+    heads = make_heads("hydra", base("llama"), dropout=0.5)
+    example = 0, torch.randn(1, 1, WIDTH), torch.randn(1, 1, 1, WIDTH)
+    assert torch.equal(heads(*example), heads(*example))
+    heads.train()
+    assert not torch.equal(heads(*example), heads(*example))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_draft_heads_prefix_layer_is_one_causal_layer_of_the_base(name):
+    model = base(name)
+    before = model.config.to_dict()
+    heads = make_heads("hydra++", model)
+    assert model.config.to_dict() == before
+    own = {key.split(".", 1)[1] for key, _ in heads.named_parameters() if key.startswith("prefix")}
+    base_names = {key.split(".", 1)[1] for key, _ in model.named_parameters() if "." in key}
+    assert own and not any("embed_tokens" in key or "wte" in key for key in own)
+    assert {key for key in own if ".1." in key} == set() and own <= base_names
+    hidden = torch.randn(2, 9, WIDTH)
+    whole = heads.read_prefix(hidden)
+    assert_close(heads.read_prefix(hidden[:, :5]), whole[:, :5], atol=1e-4, rtol=1e-4)
+    other = hidden.clone()
+    other[:, 0] = torch.randn(WIDTH)  # what comes first reaches what comes last
+    assert not torch.allclose(heads.read_prefix(other)[:, -1], whole[:, -1])
+    assert make_heads("hydra", model).read_prefix(hidden) is hidden
+
+
+# -------------------------------------------------------------------------------------- 2 tree
+
+def test_tree_build_tree_running_example():
+    tree = hydra.build_tree([(0, 0, 0), [1, 0], [0], [0, 1], [1], (0, 0)])  # in any order
+    assert tree.choices == SEVEN and tree.num_nodes == 7
+    assert tree.parents.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert tree.depths.tolist() == [0, 1, 1, 2, 2, 2, 3]
+    assert tree.ranks.tolist() == [0, 0, 1, 0, 1, 0, 0]
+    assert tree.paths.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 2, 2, 2], [0, 1, 3, 3],
+                                   [0, 1, 4, 4], [0, 2, 5, 5], [0, 1, 3, 6]]
+    assert tree.mask.dtype == torch.bool and tree.mask.sum(1).tolist() == [1, 2, 2, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tree_build_tree_random(seed):
+    choices = random_choices(seed, size=5 + 4 * seed, depth=2 + seed % 4)
+    tree = hydra.build_tree(choices)
+    assert tree.choices == sorted(choices, key=lambda choice: (len(choice), choice))
+    deepest = max(map(len, choices))
+    for node, choice in enumerate(tree.choices, start=1):
+        line = ancestors(choices, node)
+        assert tree.parents[node] == ([0] + line)[-2]
+        assert tree.depths[node] == len(choice) and tree.ranks[node] == choice[-1]
+        assert tree.paths[node].tolist() == ([0] + line + [node] * deepest)[:deepest + 1]
+        assert tree.mask[node].nonzero()[:, 0].tolist() == sorted([0] + line)
+
+
+def test_tree_build_tree_of_the_root_alone():
+    tree = hydra.build_tree([])
+    assert tree.num_nodes == 1 and tree.parents.tolist() == tree.depths.tolist() == [0]
+    assert tree.paths.tolist() == [[0]] and tree.mask.tolist() == [[True]]
+
+
+@pytest.mark.parametrize("choices, message", [
+    ([[0], [1, 0]], r"\[1, 0\] has no parent.*\[1\]"), ([[0], [0, 0, 0], [1]], r"\[0, 0\]"),
+    ([[0], [1], (0,)], "twice"), ([[0], [-1]], r"\[-1\]"), ([[0], []], r"\[\]"), ([0], "0"),
+    ([[0], [0.5]], "0.5"), ([["a"]], "'a'"), ([[True]], "True")])
+def test_tree_build_tree_names_the_malformed_choice(choices, message):
+    with pytest.raises(ValueError, match=message):
+        hydra.build_tree(choices)
+
+
+def test_tree_mc_sim_7b_63_is_the_published_one():
+    choices = hydra.MC_SIM_7B_63
+    assert [sum(len(c) == depth for c in choices) for depth in range(1, 6)] == [10, 28, 23, 2, 0]
+    children = [[0, 9], [1, 6], [2, 2], [3, 1], [4, 0], [9, 0], [0, 0, 9], [0, 1, 2], [0, 2, 1],
+                [0, 3, 0], [0, 7, 0], [1, 0, 1], [2, 0, 0], [0, 0, 0, 1]]
+    assert all(choice in choices for choice in children)
+    assert not any([*choice[:-1], choice[-1] + 1] in choices for choice in children)
+    assert hydra.build_tree(choices).num_nodes == 64
+
+
+def test_tree_moves_to_a_device_as_a_copy():
+    tree = hydra.build_tree(SEVEN)
+    moved = tree.to("meta")
+    assert (moved.choices, moved.num_nodes) == (SEVEN, 7)
+    for name in ("parents", "depths", "ranks", "paths", "mask"):
+        assert getattr(moved, name).is_meta and not getattr(tree, name).is_meta
+
+
+# ---------------------------------------------------------------------------- 3 tree attention
+
+def test_tree_attention_mask_running_example():
+    T, F = True, False
+    assert hydra.tree_attention_mask(torch.tensor([0, 0, 0, 1, 1, 2, 3])).tolist() == [
+        [T, F, F, F, F, F, F],
+        [T, T, F, F, F, F, F],
+        [T, F, T, F, F, F, F],
+        [T, T, F, T, F, F, F],
+        [T, T, F, F, T, F, F],
+        [T, F, T, F, F, T, F],
+        [T, T, F, T, F, F, T]]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tree_attention_mask_is_ancestor_or_self(seed):
+    chance = random.Random(seed)
+    parents = [0] + [chance.randrange(node) for node in range(1, 2 + 5 * seed)]
+    got = hydra.tree_attention_mask(torch.tensor(parents))
+    assert got.dtype == torch.bool and got.shape == (len(parents), len(parents))
+    slow = torch.zeros(len(parents), len(parents), dtype=torch.bool)
+    for node in range(len(parents)):
+        slow[node, node] = slow[node, 0] = True
+        ancestor = node
+        while ancestor:
+            ancestor = parents[ancestor]
+            slow[node, ancestor] = True
+    assert torch.equal(got, slow)
+
+
+def test_tree_attention_behind_the_prefix():
+    T, F = True, False
+    mask = torch.tensor([[T, F, F], [T, T, F], [T, F, T]])
+    got = hydra.mask_behind_prefix(mask, torch.tensor([2, 0]), 6, torch.float16)
+    assert got.shape == (2, 1, 3, 6) and got.dtype == torch.float16
+    assert set(got.unique().tolist()) == {0.0, torch.finfo(torch.float16).min}
+    assert (got == 0)[:, 0].tolist() == [
+        [[T, T, T, F, F, F], [T, T, T, T, F, F], [T, T, T, F, T, F]],
+        [[T, F, F, F, F, F], [T, T, F, F, F, F], [T, F, T, F, F, F]]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", BASES)
+def test_tree_attention_gives_each_node_the_logits_of_its_path_alone(name):
+    model, prompts, choices = base(name), random_prompts(3, 8, 1, 5), random_choices(3)
+    heads = make_heads("hydra++", model)
+    decoder, _ = decoder_after_prompt(model, heads, choices, prompts)
+    tokens = torch.randint(VOCAB, (3, 16))
+    logits, hidden = decoder.read(tokens, decoder.tree.depths, decoder.tree.mask)
+    for row, node in itertools.product(range(3), range(16)):
+        path = [tokens[row, other].item() for other in [0, *ancestors(choices, node)]]
+        alone = model(torch.tensor([[*prompts[row], *path]]), output_hidden_states=True)
+        prefix = heads.read_prefix(alone.hidden_states[-1])
+        assert_close(logits[row, node], alone.logits[0, -1], atol=1e-3, rtol=1e-3)
+        assert_close(hidden[row, node], prefix[0, -1], atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------- 4 drafting
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafting_draft_tree_equals_one_call_for_each_node(kind, seed):
+    model = base("llama")
+    heads, choices = make_heads(kind, model, seed), random_choices(seed, size=20)
+    tree, embed = hydra.build_tree(choices), model.get_input_embeddings()
+    root, hidden = torch.randint(VOCAB, (3,)), torch.randn(3, WIDTH)
+    got = hydra.draft_tree(heads, tree, root, hidden, embed)
+    assert got.shape == (3, 20) and torch.equal(got[:, 0], root)
+    for row, node in itertools.product(range(3), range(1, 20)):
+        *line, _ = ancestors(choices, node)
+        path = got[row, [0, *line]]  # the true drafts of its ancestors, checked before it
+        logits = heads(len(line), hidden[row][None, None], embed(path)[None, None])[0, 0]
+        assert got[row, node] == logits.argsort(descending=True)[tree.choices[node - 1][-1]]
+
+
+def test_drafting_draft_tree_calls_a_head_once_for_each_level():
+    model, calls = base("llama"), []
+    heads = make_heads("hydra", model)
+    heads.register_forward_hook(lambda _, args, out: calls.append((args[0], out.shape[1])))
+    tree = hydra.build_tree([[0], [2], [4], [2, 0], [4, 1], [4, 3], [4, 3, 0]])
+    hydra.draft_tree(heads, tree, torch.tensor([5]), torch.randn(1, WIDTH),
+                     model.get_input_embeddings())
+    assert calls == [(0, 1), (1, 2), (2, 1)]  # as many paths as have children
+
+
+def test_drafting_draft_tree_of_the_root_alone():
+    root = torch.tensor([7, 8])
+    tree = hydra.build_tree([])
+    assert hydra.draft_tree(None, tree, root, torch.zeros(2, WIDTH), None).tolist() == [[7], [8]]
+
+
+# -------------------------------------------------------------------------------- 5 acceptance
+
+def best_path_slow(passes, choices, scores=None):
+    """One row: the longest path that passes; then the largest sum of scores; then the first."""
+    best, best_value = 0, (0, 0.0)
+    for node in range(len(choices) + 1):
+        line = ancestors(choices, node)
+        value = len(line), sum(scores[other] for other in line) if scores else 0.0
+        if all(passes[other] for other in line) and value > best_value:
+            best, best_value = node, value
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_acceptance_longest_accepted_path_equals_brute_force(seed):
+    torch.manual_seed(seed)
+    choices = random_choices(seed, size=14, depth=4, ranks=4)
+    tree, passes = hydra.build_tree(choices), torch.rand(60, 14) < 0.7
+    passes[:, 0] = torch.rand(60) < 0.5  # the root is accepted whatever is said of it
+    score = -torch.rand(60, 14)
+    score[:, 0] = -torch.inf             # and its own score is nothing to the paths below it
+    plain = hydra.longest_accepted_path(passes, tree).tolist()
+    scored = hydra.longest_accepted_path(passes, tree, score=score).tolist()
+    assert plain == [best_path_slow(row, choices) for row in passes.tolist()]
+    assert scored == [best_path_slow(row, choices, scores)
+                      for row, scores in zip(passes.tolist(), score.tolist())]
+
+
+def one_hot_logits(wanted):
+    return 5.0 * F.one_hot(torch.tensor([wanted]), 10).float()
+
+
+@pytest.mark.parametrize("wanted, node, bonus", [
+    ([3, 1, 0, 0, 0, 0, 0], 0, 3), ([1, 4, 0, 0, 0, 0, 0], 1, 4), ([1, 3, 0, 6, 0, 0, 8], 6, 8),
+    ([1, 5, 0, 0, 9, 0, 0], 4, 9), ([2, 3, 4, 6, 0, 7, 0], 5, 7), ([2, 3, 9, 6, 0, 0, 0], 2, 9)])
+def test_acceptance_accept_greedy_running_example(wanted, node, bonus):
+    tokens = torch.tensor([[0, 1, 2, 3, 5, 4, 6]])
+    got = hydra.accept_greedy(tokens, one_hot_logits(wanted), hydra.build_tree(SEVEN))
+    assert (got[0].tolist(), got[1].tolist()) == ([node], [bonus])
+
+
+def test_acceptance_accept_greedy_equals_a_walk_down_the_tree():
+    torch.manual_seed(0)
+    choices = random_choices(1, size=14, ranks=4)
+    tree, logits = hydra.build_tree(choices), torch.randn(200, 14, 4)
+    tokens = torch.tensor([0] + [choice[-1] for choice in tree.choices]).repeat(200, 1)
+    node, bonus = hydra.accept_greedy(tokens, logits, tree)
+    for row in range(200):
+        here = ()
+        while [*here, logits[row, place(tree, here)].argmax().item()] in tree.choices:
+            here = (*here, logits[row, place(tree, here)].argmax().item())
+        assert node[row] == place(tree, here) and bonus[row] == logits[row, node[row]].argmax()
+    assert set(tree.depths[node].tolist()) == {0, 1, 2, 3, 4}
+
+
+def place(tree, choice):
+    """The node of a choice."""
+    return tree.choices.index(list(choice)) + 1 if choice else 0
+
+
+PEAKED = 1 - 0.085, 0.085                           # H 0.29: delta exp(-H) 0.22, epsilon 0.09
+FLAT = 0.01, *[0.99 / 15] * 15                      # H 2.74: delta exp(-H) 0.019, epsilon 0.09
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("probs, token, passes", [
+    (PEAKED, 1, False),                             # epsilon rules: 0.085 is below 0.09
+    ((1 - 0.095, 0.095), 1, True),                  # and 0.095 is above it, though below delta's
+    (PEAKED, 0, True),
+    (FLAT, 0, False),                               # delta rules: 0.01 is below 0.019
+    (FLAT, 5, True),                                # and 0.066 is above it, though below epsilon
+])
+def test_acceptance_accept_typical_between_the_thresholds(probs, token, passes, temperature):
+    logits = temperature * torch.tensor(probs).log().expand(1, 2, -1)
+    node, bonus = hydra.accept_typical(torch.tensor([[0, token]]), logits, hydra.build_tree([[0]]),
+                                       temperature=temperature)
+    assert (node.tolist(), bonus.tolist()) == ([int(passes)], [logits[0, 0].argmax().item()])
+
+
+def typical_slow(tokens, logits, choices, temperature, epsilon, delta):
+    """One row, node by node, straight from the formula."""
+    passes, scores = [True], [0.0]
+    for node in range(1, len(choices) + 1):
+        parent = ([0] + ancestors(choices, node))[-2]
+        p = torch.softmax(logits[parent].double() / temperature, -1)
+        entropy = -(p * torch.log(p + 1e-5)).sum()
+        passes.append(bool(p[tokens[node]] > min(epsilon, delta * torch.exp(-entropy))))
+        scores.append(p[tokens[node]].log().item())
+    node = best_path_slow(passes, choices, scores)
+    return node, logits[node].argmax().item()
+
+
+@pytest.mark.parametrize("epsilon, delta", [(0.09, 0.3), (0.5, 0.9), (0.02, 0.3)])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_acceptance_accept_typical_equals_the_formula(temperature, epsilon, delta):
+    torch.manual_seed(0)
+    choices = random_choices(2, size=14, ranks=5)
+    tree, rows = hydra.build_tree(choices), 60
+    logits = 4 * torch.rand(rows, 14, 1) * torch.randn(rows, 14, 8)  # from flat to peaked
+    guesses = logits.argsort(descending=True)
+    tokens = torch.zeros(rows, 14, dtype=torch.long)
+    for node in range(1, 14):
+        tokens[:, node] = guesses[:, tree.parents[node], tree.ranks[node]]
+    got = hydra.accept_typical(tokens, logits, tree, temperature, epsilon=epsilon, delta=delta)
+    slow = [typical_slow(*row, choices, temperature, epsilon, delta)
+            for row in zip(tokens.tolist(), logits)]
+    assert list(zip(*(part.tolist() for part in got))) == slow
+    assert len({node for node, _ in slow}) > 2
+
+
+def test_acceptance_accept_typical_prefers_the_likeliest_of_the_longest_paths():
+    tree = hydra.build_tree([[0], [1], [0, 0], [1, 0]])  # two paths of depth 2
+    probs = torch.tensor([[0.05, 0.35, 0.6], [0.2, 0.7, 0.1], [0.15, 0.25, 0.6],
+                          [0.1, 0.2, 0.7], [0.3, 0.6, 0.1]])
+    # 0.35 * 0.7 = 0.245 loses to 0.6 * 0.6 = 0.36, though its last token is the likelier one
+    tokens = torch.tensor([[0, 1, 2, 1, 2]])
+    node, bonus = hydra.accept_typical(tokens, probs.log()[None], tree, 1.0)
+    assert (node.tolist(), bonus.tolist()) == ([4], [1])
+    # the root was chosen at the step before: that it has no chance here must not matter
+    probs[0] = torch.tensor([0.0, 0.4, 0.6])
+    node, _ = hydra.accept_typical(tokens, probs.log()[None], tree, 1.0)
+    assert node.tolist() == [4]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_acceptance_accept_sampling_draws_what_plain_sampling_draws(temperature):
+    """One step has finitely many outcomes, (node, bonus token): compare all their frequencies."""
+    torch.manual_seed(0)
+    vocab, rows, choices = 5, 40_000, [[0], [2], [0, 1], [2, 0], [2, 3], [2, 0, 1]]
+    tree, logits = hydra.build_tree(choices), torch.randn(7, vocab)
+    tokens = torch.tensor([0] + [choice[-1] for choice in choices])  # siblings distinct
+    probs = torch.softmax(logits.double() / temperature, -1)
+    chance = torch.zeros(7, vocab, dtype=torch.float64)
+    for node in range(7):
+        line = [0, *ancestors(choices, node)]
+        chance[node] = probs[node]
+        for parent, child in zip(line, line[1:]):
+            chance[node] *= probs[parent, tokens[child]]
+        children = [child for child in range(1, 7) if ancestors(choices, child)[:-1] == line[1:]]
+        chance[node, tokens[children]] = 0  # a draw that is a child's token leads on to the child
+    assert_close(chance.sum().item(), 1.0)
+    node, bonus = hydra.accept_sampling(tokens.expand(rows, -1), logits.expand(rows, -1, -1), tree,
+                                        temperature)
+    assert_distributed(node * vocab + bonus, chance.flatten())
+
+
+# ---------------------------------------------------------------------------------- 6 KV cache
+
+def test_kv_cache_commit_path_running_example():
+    slots = torch.arange(10.0)[None, None, :, None]  # each row of the cache holds its number
+    hydra.commit_path(slots, torch.tensor([2]), torch.tensor([[0, 1, 4, 4]]))
+    assert slots[0, 0, :5, 0].tolist() == [0, 1, 2, 3, 6]  # prefix, then nodes 0, 1 and 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kv_cache_commit_path_equals_moving_rows_one_by_one(seed):
+    torch.manual_seed(seed)
+    choices = random_choices(seed, size=12)
+    tree, kv = hydra.build_tree(choices), torch.randn(12, 3, 30, 2)
+    length, before = torch.randint(0, 30 - 12 + 1, (12,)), kv.clone()
+    hydra.commit_path(kv, length, tree.paths[torch.arange(12)])  # row b accepts node b
+    for row in range(12):
+        line, start = [0, *ancestors(choices, row)], length[row].item()
+        assert torch.equal(kv[row, :, :start], before[row, :, :start])
+        for step, node in enumerate(line):
+            assert torch.equal(kv[row, :, start + step], before[row, :, start + node])
+
+
+def test_kv_cache_writes_at_its_slots():
+    cache = hydra.TreeCache(10)
+    cache.slots = torch.tensor([[0, 1], [3, 4]])
+    key, value = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    keys, values = cache.update(key, value, 7)
+    assert (keys.shape, values.shape) == ((2, 3, 10, 4), (2, 3, 10, 5))
+    assert (keys.dtype, values.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(keys[0, :, :2], key[0]) and torch.equal(values[1, :, 3:5], value[1])
+    assert keys.count_nonzero() == key.numel()
+    cache.slots = torch.tensor([[2, 3], [5, 6]])  # a later write keeps the earlier one
+    keys, _ = cache.update(key + 1, value, 7)
+    assert torch.equal(keys[0, :, :4], torch.cat([key[0], key[0] + 1], 1))
+    other, _ = cache.update(key, value, 8)        # and each layer has its own
+    assert not torch.equal(other, keys) and torch.equal(other[0, :, 2:4], key[0])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt", "gpt-neox"])
+def test_kv_cache_after_commits_equals_a_fresh_prefill(name):
+    """All layers, the prefix layer among them; the rows accept different numbers of drafts."""
+    model, prompts, choices = base(name), random_prompts(5, 6, 1, 9), random_choices(5)
+    heads = scripted_heads("hydra++", model, prompts, choices)
+    decoder, (new, _) = decoder_after_prompt(model, heads, choices, prompts)
+    texts = [[*prompt, token.item()] for prompt, token in zip(prompts, new)]
+    accepted = set()
+    for _ in range(12):
+        tokens, counts = decoder.step()
+        accepted |= {count - 1 for count in counts.tolist()}
+        for text, row, count in zip(texts, tokens.tolist(), counts.tolist()):
+            text += row[:count]
+    assert len(accepted) == NUM_HEADS + 1
+    assert sorted(decoder.cache.kv) == [0, 1, 2]  # two layers of the base, then the prefix layer
+    for row, text in enumerate(texts):
+        committed = text[:-1]  # the last one is the next root
+        assert decoder.length[row] == len(committed) and decoder.root[row] == text[-1]
+        fresh, _ = decoder_after_prompt(model, heads, [], [committed])
+        theirs = model(torch.tensor([committed]), use_cache=True).past_key_values
+        for layer, kv in decoder.cache.kv.items():
+            for part, own in enumerate(kv):
+                own = own[row, :, :len(committed)]
+                assert_close(own, fresh.cache.kv[layer][part][0, :, :len(committed)],
+                             atol=1e-4, rtol=1e-3)
+                if layer < 2:
+                    other = (theirs.layers[layer].keys, theirs.layers[layer].values)[part][0]
+                    assert_close(own, other, atol=1e-4, rtol=1e-3)
+    before, decoder.active[0] = decoder.length.clone(), 0  # a finished row stays where it is
+    decoder.step()
+    assert (decoder.length > before).tolist() == [False, True, True]
+
+
+# ------------------------------------------------------------------------------- 7 decode loop
+
+def cut_mc_sim():
+    return [choice for choice in hydra.MC_SIM_7B_63 if max(choice) < VOCAB - 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BASES)
+def test_decode_loop_greedy_equals_generate(name, kind):
+    """Every drafter gives the base's own text, and each gets just the drafts accepted it should."""
+    model, prompts, new = base(name), random_prompts(7, 5, 1, 12), 40
+    for seed, choices in enumerate([random_choices(11), cut_mc_sim(), [[2], [2, 0], [2, 0, 1]]]):
+        ids, mask = pad(prompts, ("left", "right")[seed % 2])
+        options = dict(input_ids=ids, attention_mask=mask, tree=choices, max_new_tokens=new,
+                       max_context=LIMIT)
+        heads = make_heads(kind, model, seed)
+        assert_greedy(model, prompts, hydra.generate(model, heads, **options), new)
+        for drafter in ("oracle", "varied", "wrong"):
+            heads = scripted_heads(kind, model, prompts, choices, drafter, seed)
+            output, seen = hydra.generate(model, heads, **options), set()
+            tied = assert_greedy(model, prompts, output, new)
+            for row in set(range(3)) - set(tied):
+                steps = heads.accepted(row, new)
+                assert [count - 1 for count in output.emitted[row]] == steps
+                seen |= set(steps)
+            depth = max(map(len, choices))
+            assert seen == dict(oracle={depth}, wrong={0}, varied=set(range(depth + 1)))[drafter]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_decode_loop_fuzz_in_float64(seed):
+    """Random base, heads, tree, batch, prompt lengths up to a full context, EOS and limits."""
+    chance = random.Random(seed)
+    model, kind = base(chance.choice(list(BASES)), torch.float64), chance.choice(list(KINDS))
+    lengths = [chance.choice([1, 2, 9, 40, LIMIT - 9, LIMIT - 1, LIMIT]) for _ in range(3)]
+    prompts, choices = random_prompts(seed, *lengths), random_choices(seed, chance.randrange(2, 40))
+    heads = scripted_heads(kind, model, prompts, choices, seed=seed)
+    new, eos = chance.randrange(1, LIMIT), chance.sample(range(VOCAB), chance.randrange(3))
+    ids, mask = pad(prompts, chance.choice(["left", "right"]))
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=choices, pad_token_id=31,
+                            max_new_tokens=new, eos_token_id=eos)
+    assert torch.equal(output.sequences[:, :ids.shape[1]], ids)
+    assert assert_greedy(model, prompts, output, new, eos, padding=31) == []
+    for row, prompt in enumerate(prompts):
+        steps = heads.accepted(row, len(wanted(model, prompt, new, eos)))
+        assert [count - 1 for count in output.emitted[row]][:-1] == steps[:-1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_decode_loop_stops_where_the_context_ends(name):
+    model, prompts = base(name), random_prompts(9, LIMIT - 3, LIMIT, LIMIT - 20, 1)
+    heads = scripted_heads("hydra++", model, prompts, SEVEN, "oracle")
+    ids, mask = pad(prompts)
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=SEVEN, max_new_tokens=500)
+    assert output.sequences.shape == (4, LIMIT + LIMIT - 1)
+    assert_greedy(model, prompts, output, LIMIT)
+    assert output.emitted[1] == []
+    # a context smaller than the model's is kept to just as well
+    output = hydra.generate(model, heads, ids[3:, :1], tree=SEVEN, max_context=11)
+    assert output.sequences.tolist() == [[*prompts[3], *wanted(model, prompts[3], 10)]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_loop_stops_at_eos_inside_an_accepted_path(kind):
+    model, (prompt,) = base("llama"), random_prompts(13, 6)
+    text = continuation(model, prompt)
+    chain = [[0] * depth for depth in range(1, 5)]
+    heads = scripted_heads(kind, model, [prompt], chain, "oracle")
+    for place in range(12):  # every place in a step of five tokens
+        if text[place] in text[:place]:
+            continue
+        for eos in (text[place], [text[place]], (text[-1], text[place])):
+            output = hydra.generate(model, heads, torch.tensor([prompt]), tree=chain,
+                                    eos_token_id=eos, max_new_tokens=30)
+            stop = wanted(model, prompt, 30, eos if isinstance(eos, (list, tuple)) else [eos])
+            assert output.sequences.tolist() == [[*prompt, *stop]]
+            assert output.emitted == [[5] * -(-(len(stop) - 1) // 5)]
+
+
+def test_decode_loop_rows_finish_one_by_one():
+    model, prompts = base("qwen2"), random_prompts(15, 4, 7, 2, 5)
+    heads = scripted_heads("hydra", model, prompts, SEVEN)
+    eos = [continuation(model, prompts[0])[3], continuation(model, prompts[1])[17]]
+    lengths = {len(wanted(model, prompt, 60, eos)) for prompt in prompts}
+    assert len(lengths) > 2
+    outputs = []
+    for side in ("left", "right"):
+        ids, mask = pad(prompts, side)
+        for kind_of_mask in (mask, mask.bool(), mask.float()):
+            outputs.append(hydra.generate(
+                model, heads, ids, attention_mask=kind_of_mask, tree=SEVEN, max_new_tokens=60,
+                eos_token_id=eos, pad_token_id=9))
+            assert_greedy(model, prompts, outputs[-1], 60, eos, padding=9)
+    new = [output.sequences[:, 7:] for output in outputs]
+    assert all(torch.equal(new[0], other) for other in new[1:])
+    assert all(output.emitted == outputs[0].emitted for output in outputs)
+    plain = hydra.generate_plain(model, ids, attention_mask=mask, max_new_tokens=60,
+                                 eos_token_id=eos)
+    assert_greedy(model, prompts, plain, 60, eos, padding=min(eos))  # where no pad is named
+    steps = [count for row in outputs[0].emitted for count in row]
+    assert outputs[0].tokens_per_step == sum(steps) / len(steps) > 1
+
+
+@pytest.mark.parametrize("max_new_tokens, steps", [(0, 0), (1, 0), (2, 1)])
+def test_decode_loop_few_new_tokens(max_new_tokens, steps):
+    model, prompts = base("llama"), random_prompts(17, 3, 3)
+    ids, _ = pad(prompts)
+    output = hydra.generate(model, make_heads("hydra", model), ids, max_new_tokens=max_new_tokens)
+    assert output.sequences.shape == (2, 3 + max_new_tokens)
+    assert_greedy(model, prompts, output, max_new_tokens)
+    assert [len(row) for row in output.emitted] == [steps, steps]
+
+
+def test_decode_loop_default_tree_and_plain_decoding():
+    model, prompts = base("llama"), random_prompts(19, 3)
+    ids, _ = pad(prompts)
+    heads = make_heads("hydra", model)
+    published, own = (hydra.generate(model, heads, ids, tree=tree, max_new_tokens=40)
+                      for tree in (cut_mc_sim(), SEVEN))
+    assert hydra.generate(model, heads, ids, max_new_tokens=40).emitted == published.emitted
+    assert hydra.generate(model, heads, ids, tree=hydra.build_tree(SEVEN),
+                          max_new_tokens=40).emitted == own.emitted != published.emitted
+    heads.choices = SEVEN
+    assert hydra.generate(model, heads, ids, max_new_tokens=40).emitted == own.emitted
+    plain = hydra.generate_plain(model, ids, max_new_tokens=40)
+    assert_greedy(model, prompts, plain, 40)
+    assert plain.emitted == [[1] * 39] and plain.tokens_per_step == 1
+    shallow = make_heads("hydra", model, num_heads=2)  # cut to what the heads can draft
+    assert_greedy(model, prompts, hydra.generate(model, shallow, ids, max_new_tokens=40), 40)
+
+
+def test_decode_loop_reads_a_long_prompt_in_chunks():
+    model = base("llama", max_position_embeddings=1200)
+    prompts = random_prompts(21, 1100, 513, 3, 1025, 512)
+    ids, mask = pad(prompts, "left")
+    heads = make_heads("hydra++", model)
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=SEVEN, max_new_tokens=12)
+    for row, prompt in enumerate(prompts):
+        new = continuation(model, prompt, len(prompt) + 12)
+        assert output.sequences[row, 1100:].tolist() == new
+
+
+class Recorder:
+    """A streamer that writes down what it is given."""
+
+    def __init__(self):
+        self.heard, self.ended = [], 0
+
+    def put(self, tokens):
+        self.heard.append(tokens.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_decode_loop_streams_the_prompt_then_every_new_token():
+    model, (prompt,) = base("llama"), random_prompts(23, 6)
+    heads = scripted_heads("hydra", model, [prompt], SEVEN)
+    eos = continuation(model, prompt)[17]
+    for options in (dict(max_new_tokens=23), dict(max_new_tokens=50, eos_token_id=eos)):
+        recorder = Recorder()
+        output = hydra.generate(model, heads, torch.tensor([prompt]), tree=SEVEN,
+                                streamer=recorder, **options)
+        assert recorder.heard[0] == list(prompt) and recorder.ended == 1
+        assert sum(recorder.heard, []) == output.sequences[0].tolist()
+        assert len(recorder.heard) == 2 + len(output.emitted[0])  # it hears each step at once
+
+
+def test_decode_loop_leaves_the_base_as_it_was():
+    model, (prompt,) = base("llama-gqa"), random_prompts(25, 6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config, ids = model.config.to_dict(), torch.tensor([prompt])
+    hydra.generate(model, make_heads("hydra++", model), ids, max_new_tokens=9)
+    assert model.config.to_dict() == config and not model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                          max_new_tokens=20, pad_token_id=0, eos_token_id=None)
+    assert text[0, 6:].tolist() == continuation(model, prompt)[:20]
+
+
+@pytest.mark.parametrize("kind", ["hydra", "hydra++"])
+def test_decode_loop_sampling_has_the_distribution_of_plain_sampling(kind):
+    """Two ragged prompts, three new tokens: all 64 texts, their exact chances from the base."""
+    model = base("llama", vocab_size=4, initializer_range=0.15)
+    heads, chain = make_heads(kind, model), [[0], [1], [0, 0], [0, 2], [1, 1]]
+    prompts, rows, temperature = [(1, 3, 0, 2), (2,)], 3000, 0.8
+    ids, mask = (x.repeat_interleave(rows, 0) for x in pad(prompts, "left"))
+    torch.manual_seed(0)
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=chain, accept="sampling",
+                            temperature=temperature, max_new_tokens=3)
+    assert {count for row in output.emitted for count in row} == {1, 2, 3}
+    texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    for k, prompt in enumerate(prompts):
+        whole = torch.cat([torch.tensor([prompt]).expand(64, -1), texts], 1)
+        logits = model(whole).logits[:, len(prompt) - 1:-1]
+        chances = (logits.double() / temperature).log_softmax(-1).gather(2, texts[..., None])
+        new = output.sequences[k * rows:(k + 1) * rows, 4:]
+        assert_distributed(new @ torch.tensor([16, 4, 1]), chances.sum((1, 2)).exp())
+
+
+@pytest.mark.parametrize("accept", ["greedy", "typical", "sampling"])
+def test_decode_loop_temperature_zero_is_greedy(accept):
+    model, prompts = base("llama"), random_prompts(27, 3)
+    output = hydra.generate(model, make_heads("hydra", model), pad(prompts)[0], accept=accept,
+                            temperature=0, max_new_tokens=30)
+    assert_greedy(model, prompts, output, 30)
+
+
+def test_decode_loop_hands_the_settings_to_the_rule(monkeypatch):
+    model, heard = base("llama"), []
+    greedy = hydra.accept_greedy
+
+    def rule(tokens, logits, tree, **settings):
+        heard.append(settings)
+        return greedy(tokens, logits, tree)
+
+    monkeypatch.setattr(hydra, "accept_typical", rule)
+    monkeypatch.setattr(hydra, "accept_sampling", rule)
+    for accept in ("typical", "sampling"):
+        hydra.generate_plain(model, torch.tensor([[1, 2]]), accept=accept, temperature=0.7,
+                             epsilon=0.2, delta=0.6, max_new_tokens=1)
+    assert heard == [dict(temperature=0.7, epsilon=0.2, delta=0.6), dict(temperature=0.7)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_loop_step_compiles_without_a_graph_break(kind):
+    model, prompts = base("llama-gqa"), random_prompts(29, 5, 2)
+    eager, compiled = (decoder_after_prompt(model, make_heads(kind, model), SEVEN, prompts)[0]
+                       for _ in range(2))
+    torch._dynamo.reset()
+    compiled.run = torch.compile(compiled.advance, fullgraph=True, backend="eager")
+    for _ in range(4):
+        for expected, got in zip(eager.step(), compiled.step()):
+            assert torch.equal(expected, got)
+    assert torch.equal(eager.length, compiled.length)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("accept", ["greedy", "typical", "sampling"])
+def test_decode_loop_step_reads_nothing_back(accept):
+    """On the meta device tensors have shapes and no values: whatever reads one raises."""
+    heads = make_heads("hydra++", base("llama-gqa")).to("meta")
+    model = base("llama-gqa", device="meta")
+    rule = hydra.choose_acceptance(accept, 1.0, 0.09, 0.3)
+    decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 2, LIMIT, rule)
+    decoder.prefill(torch.ones(2, 5, dtype=torch.long, device="meta"))
+    tokens, counts = decoder.step()
+    assert tokens.is_meta and (tokens.shape, counts.shape) == ((2, 4), (2,))
+
+
+def test_decode_loop_in_bfloat16():
+    model, prompts = base("llama-gqa", torch.bfloat16), random_prompts(31, 5, 2)
+    ids, mask = pad(prompts)
+    output = hydra.generate(model, make_heads("hydra++", model), ids, attention_mask=mask,
+                            max_new_tokens=30)
+    assert_greedy(model, prompts, output, 30)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
+    (dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "empty"),
+    (dict(input_ids=torch.ones(1, LIMIT + 1, dtype=torch.long)), rf"{LIMIT + 1} tokens.*{LIMIT}"),
+    (dict(max_context=2), "3 tokens.*2"), (dict(max_context=LIMIT + 1), f"max_context.*{LIMIT}"),
+    (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
+    (dict(temperature=math.inf), "temperature"), (dict(temperature=math.nan), "temperature"),
+    (dict(epsilon=0), "epsilon"), (dict(epsilon=1.5), "epsilon"), (dict(delta=0.0), "delta"),
+    (dict(delta=-1), "delta"), (dict(accept="beam"), "beam"), (dict(tree=[[0], [1, 0]]), "parent"),
+    (dict(tree=[[0], [VOCAB]]), rf"\[{VOCAB}\].*{VOCAB} tokens"),
+    (dict(tree=[[0] * depth for depth in range(1, 6)]), "5 deep.*4 draft heads"),
+    (dict(streamer=Recorder()), "single prompt")])
+def test_decode_loop_says_what_is_wrong(options, message):
+    model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        hydra.generate(model, make_heads("hydra", model), **dict(input_ids=ids) | options)
+
+
+def test_decode_loop_refuses_heads_of_another_base():
+    model, other = base("llama"), base("llama", vocab_size=VOCAB + 8)
+    with pytest.raises(ValueError, match=r"\(40, 32\).*\(32, 32\)"):
+        hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "qwen3"])
+def test_decode_loop_cuda_greedy_equals_generate(name, kind):
+    model, prompts = base(name, device="cuda"), random_prompts(33, 5, 1, 12)
+    ids, mask = pad(prompts, "left", "cuda")
+    for cuda_graph in (True, False):
+        output = hydra.generate(model, make_heads(kind, model), ids, attention_mask=mask,
+                                max_new_tokens=60, cuda_graph=cuda_graph)
+        assert_greedy(model, prompts, output, 60)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_loop_cuda_graph_over_a_long_text(dtype):
+    model = base("llama-gqa", dtype, "cuda", max_position_embeddings=300, initializer_range=0.3)
+    prompts = random_prompts(35, 120, 40)
+    ids, mask = pad(prompts, "left", "cuda")
+    output = hydra.generate(model, make_heads("hydra++", model), ids, attention_mask=mask,
+                            tree=SEVEN, max_new_tokens=150)
+    assert_greedy(model, prompts, output, 150, limit=300)
+
+
+@needs_cuda
+def test_decode_loop_cuda_graph_draws_anew_in_every_replay():
+    model = base("llama-gqa", device="cuda", initializer_range=0.05)
+    heads, texts = make_heads("hydra", model), []
+    ids = torch.ones(4, 3, dtype=torch.long, device="cuda")
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(hydra.generate(model, heads, ids, accept="sampling", tree=SEVEN,
+                                    max_new_tokens=64).sequences)
+        assert len(set(map(tuple, texts[-1].tolist()))) == 4
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+# ---------------------------------------------------------------------------------- 8 training
+
+def read_text(model, ids):
+    """The base's hidden states, embeddings and logits of a text (B, T)."""
+    out = model(ids, output_hidden_states=True)
+    return out.hidden_states[-1], model.get_input_embeddings()(ids), out.logits
+
+
+@pytest.mark.parametrize("lm_weight, teacher_weight", [(1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_head_losses_equal_a_loop_over_positions(kind, lm_weight, teacher_weight):
+    torch.manual_seed(0)
+    model, ids = base("llama"), torch.randint(VOCAB, (2, 9))
+    heads, labels = make_heads(kind, model), ids.clone()
+    labels[0, 2:5] = labels[1, 7] = -100
+    hidden, embeddings, logits = read_text(model, ids)
+    hidden, embeddings = heads.read_prefix(hidden).detach(), embeddings.detach()
+    for counted in (labels, None):
+        got = hydra.head_losses(heads, hidden, embeddings, ids, logits, counted,
+                                lm_weight=lm_weight, teacher_weight=teacher_weight)
+        for i in range(NUM_HEADS):
+            losses = []
+            for row, t in itertools.product(range(2), range(9)):
+                target = t + 2 + i
+                if target >= 9 or counted is not None and counted[row, target] == -100:
+                    continue
+                guess = heads(i, hidden[row, t][None], embeddings[row, t + 1:t + 2 + i][None])[0]
+                log_p = guess.log_softmax(-1)
+                teacher = logits[row, target - 1].softmax(-1)  # the base's word on that token
+                losses.append(-lm_weight * log_p[ids[row, target]]
+                              - teacher_weight * (teacher * log_p).sum())
+            assert_close(got[i], torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_training_head_losses_teacher_is_soft_cross_entropy():
+    model, ids = base("llama"), torch.randint(VOCAB, (2, 9))
+    heads = make_heads("hydra", model, num_heads=1)
+    hidden, embeddings, logits = read_text(model, ids)
+    got = hydra.head_losses(heads, hidden, embeddings, ids, logits, lm_weight=0, teacher_weight=1)
+    guess = heads(0, hidden[:, :-2], embeddings[:, 1:-1, None])
+    soft = F.cross_entropy(guess.flatten(0, 1), logits[:, 1:-1].flatten(0, 1).softmax(-1))
+    assert_close(got, soft[None], atol=1e-4, rtol=1e-4)
+
+
+def test_training_head_losses_reach_every_weight_of_every_head():
+    model, ids = base("llama"), torch.randint(VOCAB, (2, 9))
+    heads = make_heads("hydra++", model)
+    hidden, embeddings, logits = read_text(model, ids)
+    losses = hydra.head_losses(heads, heads.read_prefix(hidden), embeddings, ids, logits)
+    assert losses.shape == (NUM_HEADS,)
+    losses.sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in heads.parameters())
+    none = hydra.head_losses(heads, hidden, embeddings, ids, logits, torch.full_like(ids, -100))
+    assert none.tolist() == [0] * NUM_HEADS  # nothing counts: no loss, and no nan
+
+
+def test_training_shows_what_grounding_is_for():
+    """In this text every other symbol is random and the next one follows from it.
+
+    Head 0 guesses the token after next. Where that follows from the random one in between, which
+    no state can foretell, Hydra reads it and Medusa has to guess.
+    """
+    model, symbols = base("llama"), torch.Generator().manual_seed(0)
+    follower = torch.randperm(VOCAB, generator=symbols)
+    chosen = torch.randint(VOCAB, (3000,), generator=symbols)
+    text = torch.stack([chosen, follower[chosen]], 1).flatten()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    top1 = {}
+    for kind in ("medusa", "hydra"):
+        torch.manual_seed(0)
+        heads = hydra.DraftHeads(hydra.HydraConfig(num_heads=1, **KINDS[kind]), model)
+        history = hydra.train_heads(model, heads, text[:5000], steps=150, batch_size=8,
+                                    seq_len=64, lr=1e-2)
+        assert history and not heads.training
+        ids = text[5000:].view(10, 100)
+        with torch.no_grad():
+            hidden, embeddings, _ = read_text(model, ids)
+            guess = heads(0, hidden[:, :-2], embeddings[:, 1:-1, None]).argmax(-1)
+        top1[kind] = (guess == ids[:, 2:])[:, 1::2].float().mean().item()  # x[t+1] is random
+    assert top1["hydra"] > 0.95 and top1["medusa"] < 0.15, top1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_training_counts_only_what_is_labelled():
+    """Half of the text is labelled: the heads learn what follows there, and not the other half."""
+    model = base("llama")
+    text, labels = torch.tensor([1, 2, 3, 4] * 100), torch.tensor([1, -100, 3, -100] * 100)
+    heads = hydra.DraftHeads(hydra.HydraConfig(num_heads=1), model)
+    with torch.no_grad():
+        bias = heads.state_dict()["hydra_lm_head.0.bias"]
+        bias[[2, 4]] = -50.0  # so that these two are never guessed by chance
+    hydra.train_heads(model, heads, text, steps=60, batch_size=4, seq_len=16, lr=1e-2,
+                      labels=labels)
+    with torch.no_grad():
+        hidden, embeddings, _ = read_text(model, text[None, :12])
+        guess = heads(0, hidden[:, :-2], embeddings[:, 1:-1, None]).argmax(-1)[0]
+    right = guess == text[2:12]
+    assert right[0::2].all() and not right[1::2].any()
+
+
+def expected_tokens(choices, ranks):
+    """1 + accepted drafts, on average over all rows of ranks, by trying every choice."""
+    return 1 + sum(row[:len(choice)] == choice for choice in choices for row in ranks) / len(ranks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_training_search_tree_equals_brute_force(seed):
+    chance = random.Random(seed)
+    ranks = [[min(chance.randrange(4), chance.randrange(4)) for _ in range(3)] for _ in range(12)]
+    seen = sorted({tuple(row[:depth]) for row in ranks for depth in (1, 2, 3)})
+    for size in (1, 2, 4, 5):
+        got = [tuple(choice) for choice in hydra.search_tree(torch.tensor(ranks), size)]
+        assert len(got) == size - 1 and hydra.build_tree(got).num_nodes == size
+        best = max(expected_tokens([list(choice) for choice in choices], ranks)
+                   for choices in itertools.combinations(seen, size - 1)
+                   if all(len(choice) == 1 or choice[:-1] in choices for choice in choices))
+        assert_close(expected_tokens([list(choice) for choice in got], ranks), best)
+
+
+def test_training_search_tree_breaks_ties_by_length_then_path():
+    ranks = torch.tensor([[1, 0], [0, 2], [0, 1], [2, 2]])
+    by_rank = [[0], [1], [2], [0, 1], [0, 2], [1, 0], [2, 2]]  # 2 of 4, then all 1 of 4
+    for size in range(1, 9):
+        assert sorted(hydra.search_tree(ranks, size)) == sorted(by_rank[:size - 1])
+    assert len(hydra.search_tree(ranks, 50)) == 7  # no more were seen
+
+
+# ------------------------------------------------------------------------- the file as a whole
+
+EXAMPLES = [test for test in doctest.DocTestFinder().find(hydra) if test.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name.split(".")[-1])
+def test_docstring_example(example):
+    example.globs = dict(vars(hydra))
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_handout_is_the_file_without_the_answers():
+    blank, source = handout(), inspect.getsource(hydra)
+    before, after = ({node.name: node for node in ast.parse(text).body
+                      if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+                     for text in (source, blank))
+    assert list(before) == list(after)
+    for name, node in after.items():
+        assert ast.get_docstring(node) == ast.get_docstring(before[name])
+        if name in EXERCISES:
+            assert ast.unparse(node.body[1:]) == "raise NotImplementedError"
+        else:
+            assert ast.unparse(node) == ast.unparse(before[name])
+    assert blank.count("raise NotImplementedError") == len(EXERCISES)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--handout"]:
+        print(handout(), end="")
+    else:
+        sys.exit("usage: python test_hydra.py --handout (the tests themselves: pytest)")
