@@ -43,7 +43,6 @@ number of tokens, CUDA graphs and torch.compile all follow from that choice.
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
 position t predicts token t + 1, head i predicts token t + 2 + i.
-
 Contents: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode
 loop, 8 training, 9 models, 10 command line. No section needs one below its own.
 """
@@ -105,9 +104,8 @@ class ResBlock(nn.Module):
 class DraftHeads(nn.Module):
     """K draft heads for one base model, and the prefix layer if there is one.
 
-    config: a HydraConfig.  model: any decoder-only causal language model of transformers; the
-    heads take its widths, dtype and device, start from its lm_head, and keep no reference to it.
-    Modules are named as in the released checkpoints.  Paper: 3, and 4 (Hydra++).
+    model: any decoder-only causal language model of transformers; the heads take its widths, dtype
+    and device, start from its lm_head, and keep no reference to it.  Paper: 3, and 4 (Hydra++).
     """
 
     def __init__(self, config, model):
@@ -126,7 +124,7 @@ class DraftHeads(nn.Module):
             lm_head = nn.Linear(width, vocab)
             nn.init.zeros_(lm_head.bias)
             lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
-            # a released Hydra++ counts the dropout in front of each layer as a layer
+            # named as in the released checkpoints, whose Hydra++ counts dropouts as layers
             places = range(1, 2 * len(blocks), 2) if config.prefix_layer else range(len(blocks))
             self.hydra_mlp.append(nn.ModuleDict(zip(map(str, places), blocks)))
             self.hydra_lm_head.append(nn.Sequential(OrderedDict({"1": lm_head}))
@@ -157,7 +155,6 @@ def make_prefix_layer(model):
     h[0..t].  To the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
     """
     config = copy.deepcopy(model.config)
-    num_base_layers = config.num_hidden_layers
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
     config.num_hidden_layers, config.use_cache = 1, False
@@ -165,7 +162,7 @@ def make_prefix_layer(model):
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
     for module in layer.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = num_base_layers  # or it would overwrite the base's layer 0
+            module.layer_idx = model.config.num_hidden_layers  # 0 would be the base's own layer
     return layer
 
 
@@ -215,10 +212,9 @@ class Tree:
 def build_tree(choices):
     """From a list of choices to a Tree.
 
-    choices: lists of child ranks, in any order; `[0, 2]` is the third-best child of the best
-    child of the root.  Ranks may have gaps and any node may be expanded, but a choice's parent
-    must be a choice too.  No choices at all give the one-node tree: plain decoding.
-    Raises ValueError naming the choice that is malformed.  Paper: 2 (as in Medusa).
+    choices: lists of child ranks, in any order; `[0, 2]` is the third-best child of the best child
+    of the root.  Ranks may have gaps and any node may be expanded, but a choice's parent must be a
+    choice too.  No choices: the one-node tree.  ValueError names a malformed choice.  Paper: 2.
 
     >>> tree = build_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
     >>> tree.parents.tolist(), tree.depths.tolist(), tree.ranks.tolist()
@@ -259,8 +255,7 @@ def tree_attention_mask(parents):
 
     parents (N,): each node's parent, parents before children, the root its own.  Returns
     (N, N) bool; row attends to column.  Siblings and cousins never see each other, so each path
-    is computed as if it stood alone behind the prefix, and one forward verifies all of them.
-    Paper: 2 (as in Medusa).
+    is computed as if it stood alone behind the prefix: one forward verifies all.  Paper: 2.
 
     >>> tree_attention_mask(torch.tensor([0, 0, 0, 1, 1, 2, 3])).int()
     tensor([[1, 0, 0, 0, 0, 0, 0],
@@ -374,8 +369,7 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     probs = torch.softmax(logits.float() / temperature, dim=-1)        # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
     threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)       # (B, N)
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    token_probs = probs[rows, tree.parents, tokens]                    # (B, N)
+    token_probs = probs[:, tree.parents].gather(2, tokens[:, :, None])[:, :, 0]  # (B, N)
     passes = token_probs > threshold[:, tree.parents]
     node = longest_accepted_path(passes, tree, score=token_probs.log())
     return node, logits.argmax(-1).gather(1, node[:, None])[:, 0]
@@ -427,11 +421,10 @@ def commit_path(kv, length, path):
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
-    model: the base.  heads: DraftHeads, or None with a one-node tree.  tree: Tree.  batch_size: B.
-    max_context: tokens, prompt included, that a row may grow to.  accept: a function
-    (tokens, logits, tree) -> (node, next_token) like `accept_greedy`.  cuda_graph: record the step
-    once and replay it (None: where there is CUDA).  compile: pass it through torch.compile first.
-    Raises ValueError when model, heads, tree and context do not fit each other.
+    model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
+    included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token), as
+    `accept_greedy`.  cuda_graph: record the step once and replay it; None: if there is CUDA.
+    compile: pass the step through torch.compile.  ValueError where these do not fit each other.
     """
 
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
@@ -555,9 +548,9 @@ def choose_acceptance(name, temperature, epsilon, delta):
     require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
     require(0 < epsilon <= 1 and 0 < delta <= 1,
             f"epsilon and delta must lie in (0, 1], not at {epsilon} and {delta}")
-    rules = dict(greedy=accept_greedy, sampling=partial(accept_sampling, temperature=temperature),
-                 typical=partial(accept_typical, temperature=temperature, epsilon=epsilon,
-                                 delta=delta))
+    warm = dict(temperature=temperature)
+    rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, **warm),
+             "typical": partial(accept_typical, **warm, epsilon=epsilon, delta=delta)}
     require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
     return accept_greedy if temperature == 0 else rules[name]
 
@@ -587,9 +580,9 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     choices, or None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy",
     "typical" or "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.
     Each row stops exactly at EOS, after max_new_tokens, or when it holds max_context tokens
-    (default: as many as asked for, up to the model's longest).  streamer: a transformers streamer,
-    for B = 1; it gets the prompt, then each step's tokens.  cuda_graph, compile: see Decoder.
-    Returns an Output.  Raises ValueError on bad arguments.
+    (default: as many as asked for, up to the model's longest).  streamer: of transformers, for
+    B = 1; it gets the prompt, then each step's tokens.  cuda_graph, compile: see Decoder.
+    Returns an Output; ValueError says which argument is bad.
     """
     if tree is None and heads:
         tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
@@ -653,9 +646,9 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tempfile
-from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -679,11 +672,10 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 
     Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
     token s = t + 2 + i.  lm loss: cross-entropy against token s.  teacher loss: cross-entropy
-    against the base's distribution for s, which stands at s - 1.
-
-    hidden (B, T, D): what the heads see.  embeddings (B, T, D), input_ids (B, T), base_logits
-    (B, T, V) of the same text.  labels (B, T): -100 where a token does not count; default all do.
-    Returns (K,): each head's mean over the positions that count.  Paper: 3, and 4 (teacher loss).
+    against the base's distribution for s, which stands at s - 1.  hidden (B, T, D): what the heads
+    see.  embeddings (B, T, D), input_ids (B, T), base_logits (B, T, V) of the same text.  labels
+    (B, T): -100 where a token does not count, default input_ids.  Returns (K,): each head's mean
+    over the positions that count.  Paper: 3, and 4 (teacher loss).
     """
     labels = input_ids if labels is None else labels
 
@@ -697,7 +689,6 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
             total = total + teacher_weight * F.cross_entropy(logits, teacher, reduction="none")
         counted = target != -100
         return (total * counted).sum() / counted.sum().clamp(min=1)
-
     # checkpointed: only one head's logits live at a time, and backward computes them once more
     return torch.stack([checkpoint(loss, i, use_reentrant=False)
                         for i in range(heads.config.num_heads)])
@@ -738,11 +729,10 @@ def fit(module, loss_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3,
         report=lambda ids: {}, title="", warmup=None, final_lr=0.33, clip=1.0, seed=0):
     """Minimise loss_of(ids, labels), both (batch_size, seq_len), over random windows of a text.
 
-    token_ids, labels (M,), labels -100 where no loss is wanted.  AdamW, warm-up, cosine to
-    final_lr * lr, clipped gradients.  report(ids): what to log as well.  Returns what was logged.
+    token_ids, labels (M,): labels -100 where no loss is wanted.  AdamW, warm-up, cosine to
+    final_lr * lr, clipped gradients.  report(ids): what else to log.  Returns what was logged.
     """
-    require(len(token_ids) >= seq_len, f"the text has {len(token_ids)} tokens, fewer than the "
-            f"{seq_len} of one training sequence: give more text")
+    require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
     labels = token_ids if labels is None else labels
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
@@ -771,9 +761,8 @@ def fit(module, loss_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3,
 def search_tree(ranks, num_nodes):
     """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
 
-    ranks (M, K): at M positions of the base's own text, the rank that each head gives the true
-    token.  A choice is accepted where the ranks start with it, so the num_nodes - 1 choices seen
-    most often are the best tree; it is smaller where fewer were seen.  Not in the paper.
+    ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it: the tree is
+    the num_nodes - 1 choices seen most often, smaller where fewer were seen.  Not in the paper.
 
     >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
     [[0], [1], [0, 0]]
@@ -800,9 +789,13 @@ def load(name, heads=None, device=None, dtype=None):
     elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
         name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model.to(device).eval()
+        return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
 
 def load_heads(path_or_repo, model):
@@ -864,10 +857,10 @@ def build_demo(folder):
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
         num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None))
     size = dict(batch_size=4, seq_len=128, lr=4e-3)
-    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1300, final_lr=0.1,
+    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1500, final_lr=0.1,
         title="base model", **size)
     heads = DraftHeads(HydraConfig(4, 4, prefix_layer=True), model)
-    train_heads(model, heads, ids, steps=500, lm_weight=0.0, teacher_weight=1.0, **size)
+    train_heads(model, heads, ids, steps=600, lm_weight=0.0, teacher_weight=1.0, **size)
     text = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
     heads.choices = search_tree(head_ranks(model, heads, text)[:, 7:].flatten(0, 1), num_nodes=8)
     tokenizer.save_pretrained(folder)
@@ -876,15 +869,19 @@ def build_demo(folder):
 
 
 def demo_folder():
-    """Where the demo model lies in the user's cache; trained first where it is not there yet."""
+    """Where the demo model lies in the user's cache; trained there first if it does not load."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra"
-    recipe = hashlib.sha256(inspect.getsource(build_demo).encode()).hexdigest()[:12]
-    if not (cache / recipe).exists():
+    folder = cache / hashlib.sha256(inspect.getsource(build_demo).encode()).hexdigest()[:12]
+    try:
+        load(folder, folder / "heads", "cpu")
+    except Exception:  # not there, or broken in whatever way
+        print("hydra.py: training the demo model, once, about two minutes", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
             build_demo(Path(work) / "demo")
-            os.replace(Path(work) / "demo", cache / recipe)  # it is whole, or it is not there
-    return cache / recipe
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(Path(work) / "demo", folder)
+    return folder
 
 
 # ---------------------------------------------------------------------------- 10 command line
@@ -909,14 +906,16 @@ class ColourStreamer(transformers.TextStreamer):
             super().put(piece)
 
     def on_finalized_text(self, text, stream_end=False):
-        pairs = zip_longest(text, self.drafted[:len(text)])
+        pairs = zip(text, self.drafted[:len(text)] + (False,) * len(text))
         self.drafted = self.drafted[len(text):]
         green = "".join(f"\033[32m{char}\033[0m" if drafted else char for char, drafted in pairs)
         super().on_finalized_text(green.replace("\033[0m\033[32m", ""), stream_end)
 
 
-def time_phases(decoder):
+@torch.inference_mode()
+def time_phases(decoder, input_ids, attention_mask):
     """Mean milliseconds of draft, verify, and accept with commit, each by itself and eager."""
+    decoder.prefill(input_ids, attention_mask)
     tree = decoder.tree
     draft = partial(draft_tree, decoder.heads, tree, decoder.root, decoder.hidden, decoder.embed)
     tokens = draft()
@@ -926,11 +925,9 @@ def time_phases(decoder):
             .timeit(20).mean for phase in (draft, verify, commit)]
 
 
-def closing_block(out, plain, phases, accept):
-    """What a run showed, a figure a line."""
-    first = out.sequences.shape[1] - max(out.num_new)
-    grams = [tuple(row[k:k + 4]) for row, n in zip(out.sequences[:, first:].tolist(), out.num_new)
-             for k in range(n - 3)]
+def closing_block(out, plain, new, phases, accept):
+    """What a run showed, a figure a line; new: the new tokens of each row."""
+    grams = [tuple(row[k:k + 4]) for row in new for k in range(len(row) - 3)]
     counts = Counter(count for row in out.emitted for count in row)
     rate, plain_rate = (sum(o.num_new) / max(o.seconds, 1e-9) for o in (out, plain))
     same = "identical to" if torch.equal(out.sequences, plain.sequences) else "differs from"
@@ -959,15 +956,14 @@ def run(args):
     streamer = streamer(tokenizer, skip_special_tokens=True) if len(rows) == 1 else None
     torch.manual_seed(args.seed)
     out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
-    for text, row, n in zip(texts, out.sequences[:, input_ids.shape[1]:], out.num_new):
-        if streamer is None:
-            print(text + tokenizer.decode(row[:n], skip_special_tokens=True), end="\n\n")
+    new = [row[input_ids.shape[1]:][:n].tolist() for row, n in zip(out.sequences, out.num_new)]
+    for text, tokens in zip(texts, [] if streamer else new):
+        print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
-    with torch.inference_mode():
-        decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
-        decoder.prefill(input_ids, mask)
-        print(closing_block(out, plain, time_phases(decoder), args.accept), file=sys.stderr)
+    decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
+    phases = time_phases(decoder, input_ids, mask)
+    print(closing_block(out, plain, new, phases, args.accept), file=sys.stderr)
     return 0
 
 
@@ -978,16 +974,16 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", default="demo", help="demo, vicuna-7b, -13b, -33b, a folder, or a Hub id")
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
-    add("--prompt", nargs="+", default=["The for statement"], metavar="TEXT",
-        help="several make a batch; - reads standard input")
+    add("--prompt", nargs="+", default=["The for statement"], help="several: a batch; -: stdin")
     for name, text in OPTIONS.items():  # of generate, with its own defaults
-        default = generate.__wrapped__.__kwdefaults__[name]
+        default = inspect.signature(generate).parameters[name].default
         add("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
     add("--seed", type=int, default=0, help="of sampling")
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")
-    add("--dtype", help="like bfloat16; None: float32 on a CPU, else the checkpoint's own")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
     args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
     try:
         return run(args)
     except torch.OutOfMemoryError:

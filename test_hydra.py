@@ -16,17 +16,23 @@ import ast
 import doctest
 import importlib
 import inspect
+import io
 import itertools
+import json
 import math
 import os
+import pickle
 import random
+import shutil
+import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import ByteLevelBPETokenizer
 from torch.testing import assert_close
 
 hydra = importlib.import_module(os.environ.get("HYDRA", "hydra"))
@@ -1168,6 +1174,254 @@ def test_training_search_tree_breaks_ties_by_length_then_path():
     for size in range(1, 9):
         assert sorted(hydra.search_tree(ranks, size)) == sorted(by_rank[:size - 1])
     assert len(hydra.search_tree(ranks, 50)) == 7  # no more were seen
+
+
+# ----------------------------------------------------------------------------------- 9 models
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny base model with its tokenizer, and in heads/ Hydra++ heads with a tree."""
+    path = tmp_path_factory.mktemp("model")
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator(["the tree of the tokens"], vocab_size=280, show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer)
+    tokenizer.save_pretrained(path)
+    model = base("llama", vocab_size=len(tokenizer), max_position_embeddings=128,
+                 eos_token_id=None, bos_token_id=None)
+    model.save_pretrained(path)
+    heads = make_heads("hydra++", model)
+    heads.choices = [[0], [1], [0, 0], [0, 0, 1]]
+    heads.save_pretrained(path / "heads")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_models_heads_come_back_as_they_were_saved(kind, num_layers, tmp_path):
+    model = base("llama-gqa")
+    heads = make_heads(kind, model, num_layers=num_layers)
+    heads.save_pretrained(tmp_path)
+    again = hydra.DraftHeads.from_pretrained(tmp_path, model)
+    assert again.config == heads.config and not again.training
+    hidden, embeddings = torch.randn(2, 5, model.config.hidden_size).split([1, 4], dim=1)
+    for i in range(NUM_HEADS):
+        args = i, hidden[:, 0], embeddings[:, :i + 1]
+        assert torch.equal(again(*args), heads(*args))
+
+
+def released_keys(arch, grounded, num_layers):
+    """The keys of a released checkpoint, spelt out: reference for both ways."""
+    keys = {"input_embed_fn.weight"}
+    for i in range(NUM_HEADS):
+        for j in range(num_layers):
+            block = f"hydra_mlp.{i}.{2 * j + 1 if arch == 'prefix-mlp' else j}"
+            keys |= {f"{block}.linear.weight", f"{block}.linear.bias"}
+            if grounded and j == 0:
+                keys |= {f"{block}.res_connection.weight", f"{block}.res_connection.bias"}
+        lm_head = f"hydra_lm_head.{i}.1" if arch == "prefix-mlp" else f"hydra_lm_head.{i}"
+        keys |= {f"{lm_head}.weight", f"{lm_head}.bias"}
+    if arch == "prefix-mlp":
+        layer = "prefix_embeding_layer.layers.0"
+        keys |= {f"{layer}.self_attn.{name}_proj.weight" for name in "qkvo"}
+        keys |= {f"{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+        keys |= {f"{layer}.{name}_layernorm.weight" for name in ("input", "post_attention")}
+        keys |= {"prefix_embeding_layer.norm.weight", "prefix_embeding_layer.embed_tokens.weight",
+                 f"{layer}.self_attn.rotary_emb.inv_freq"}
+    return keys
+
+
+def write_released(path, model, arch="prefix-mlp", grounded=True, num_layers=4):
+    """A checkpoint in the released format with random weights, made without hydra.py."""
+    width, vocab = model.config.hidden_size, model.config.vocab_size
+    chance = torch.Generator().manual_seed(0)
+    state, shared = {}, {}
+    for key in sorted(released_keys(arch, grounded, num_layers)):
+        parts = key.split(".")
+        if parts[0] == "hydra_mlp":
+            first = int(parts[2]) < (2 if arch == "prefix-mlp" else 1)
+            wide = (int(parts[1]) + 2) * width if grounded and first else width
+            shape = (width, wide) if parts[-1] == "weight" else (width,)
+            # the blocks after the first are one; without grounding all of them are
+            name = (parts[1], first and grounded, *parts[3:])
+            state[key] = shared.setdefault(name, torch.randn(shape, generator=chance) / 8)
+            continue
+        shape = (vocab, width)
+        if parts[-1] == "bias":
+            shape = (vocab,)
+        elif "layers" in parts:
+            inner = model.config.intermediate_size
+            shape = {"gate_proj": (inner, width), "up_proj": (inner, width), "inv_freq": (2,),
+                     "down_proj": (width, inner)}.get(parts[-2 if parts[-1] == "weight" else -1],
+                                                      (width, width))
+        if "norm" in key:
+            shape = (width,)
+        state[key] = torch.randn(shape, generator=chance) / 8
+    torch.save(state, path / "hydra_lm_head.pt")
+    (path / "config.json").write_text(json.dumps({
+        "hydra_num_heads": NUM_HEADS, "hydra_num_layers": num_layers, "hydra_head_arch": arch,
+        "grounded_heads": grounded, "base_model_name_or_path": "a/base"}))
+    return state
+
+
+@pytest.mark.parametrize("arch, grounded, num_layers", [
+    ("mlp", False, 2), ("mlp", True, 1), ("mlp", True, 3), ("prefix-mlp", True, 4)])
+def test_models_read_and_write_the_released_format(arch, grounded, num_layers, tmp_path):
+    model = base("llama")
+    state = write_released(tmp_path, model, arch, grounded, num_layers)
+    heads = hydra.DraftHeads.from_pretrained(tmp_path, model)
+    hidden, embeddings = torch.randn(5, model.config.hidden_size).split([1, 4])
+    x = torch.cat([hidden[0], embeddings[0], embeddings[1]]) if grounded else hidden[0]
+    prefixed = arch == "prefix-mlp"
+    for j in range(num_layers):  # head 1, from the file itself
+        block = f"hydra_mlp.1.{2 * j + 1 if prefixed else j}"
+        residual = x
+        if grounded and j == 0:
+            residual = (state[f"{block}.res_connection.weight"] @ x
+                        + state[f"{block}.res_connection.bias"])
+        x = residual + F.silu(state[f"{block}.linear.weight"] @ x + state[f"{block}.linear.bias"])
+    lm_head = "hydra_lm_head.1.1" if prefixed else "hydra_lm_head.1"
+    want = state[f"{lm_head}.weight"] @ x + state[f"{lm_head}.bias"]
+    assert_close(heads(1, hidden[0], embeddings[:2]), want, atol=1e-4, rtol=1e-4)
+    heads.save_pretrained(tmp_path / "again")
+    written = torch.load(tmp_path / "again" / "hydra_lm_head.pt", weights_only=True)
+    unused = {key for key in state if key.endswith(("embed_fn.weight", "tokens.weight", "_freq"))}
+    assert set(written) == set(state) - unused
+    assert all(torch.equal(written[key], state[key]) for key in written)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda state: state.pop("hydra_lm_head.2.1.bias"), "hydra_lm_head.2.1.bias"),
+    (lambda state: state.update(surplus=torch.ones(1)), "surplus"),
+    (lambda state: state.update({"hydra_lm_head.0.1.bias": torch.ones(3)}), "size mismatch"),
+    (lambda state: state.update({"hydra_mlp.3.5.linear.bias":
+                                 state["hydra_mlp.3.5.linear.bias"] + 1}), "equal the other"),
+])
+def test_models_say_what_is_wrong_with_a_checkpoint(spoil, message, tmp_path):
+    model = base("llama")
+    state = write_released(tmp_path, model)
+    spoil(state)
+    torch.save(state, tmp_path / "hydra_lm_head.pt")
+    with pytest.raises(ValueError, match=message):
+        hydra.DraftHeads.from_pretrained(tmp_path, model)
+
+
+def test_models_refuse_what_they_cannot_do(tmp_path):
+    model = base("llama")
+    for changes in ({"hydra_head_arch": "eagle-attn"}, {"hidden_state_offset": 1}):
+        write_released(tmp_path, model)
+        about = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(about | changes))
+        with pytest.raises(ValueError, match="supported"):
+            hydra.DraftHeads.from_pretrained(tmp_path, model)
+    (tmp_path / "hydra_lm_head.pt").write_bytes(pickle.dumps(print))  # it would be run
+    write_config = {"hydra_num_heads": NUM_HEADS, "grounded_heads": True}
+    (tmp_path / "config.json").write_text(json.dumps(write_config))
+    with pytest.raises(ValueError, match="does not fit"):
+        hydra.DraftHeads.from_pretrained(tmp_path, model)
+
+
+def test_models_demo_is_trained_once_and_again_when_broken(folder, tmp_path, monkeypatch):
+    built = []
+
+    def build(path):  # in place of two minutes of training
+        built.append(path)
+        shutil.copytree(folder, path)
+
+    monkeypatch.setattr(hydra, "build_demo", build)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, heads, tokenizer = hydra.load("demo", device="cpu")
+    assert len(built) == 1 and heads.choices == [[0], [1], [0, 0], [0, 0, 1]]
+    assert model.dtype == torch.float32 and model.device.type == "cpu" and not model.training
+    hydra.load("demo", device="cpu")
+    assert len(built) == 1
+    next(tmp_path.rglob("model.safetensors")).write_bytes(b"half a file")
+    hydra.load("demo", device="cpu")
+    assert len(built) == 2 and len(list((tmp_path / "hydra").iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------- 10 command line
+
+def run_main(capsys, *args):
+    code = hydra.main([*map(str, args)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_command_line_streams_text_and_closes_with_figures(folder, capsys):
+    code, out, err = run_main(capsys, "--model", folder, "--heads", folder / "heads", "--device",
+                              "cpu", "--prompt", "the tree", "--max-new-tokens", 20)
+    assert code == 0 and out.startswith("the tree") and "\033" not in out
+    for line in ("tokens per step", "accepted drafts", "ms per step", "tokens/s", "4-grams",
+                 "identical to plain decoding"):
+        assert line in err
+    plain = run_main(capsys, "--model", folder, "--device", "cpu", "--prompt", "the tree",
+                     "--max-new-tokens", 20)
+    assert plain[1] == out and "tokens per step  1.00" in plain[2]
+
+
+def test_command_line_batch_and_trees(folder, capsys, tmp_path):
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0], [0, 1]]")
+    common = ("--model", folder, "--heads", folder / "heads", "--device", "cpu",
+              "--max-new-tokens", 8, "--prompt", "the", "of the tokens")
+    outs = [run_main(capsys, *common, "--tree", name)[:2]
+            for name in ("none", tree, "mc_sim_7b_63")]
+    assert outs[0] == outs[1] == outs[2] and outs[0][0] == 0
+    assert outs[0][1].startswith("the") and "\n\nof the tokens" in outs[0][1]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--prompt", ""], "prompt is empty"), (["--max-new-tokens", "-1"], "max_new_tokens"),
+    (["--tree", "absent.json"], "absent.json"), (["--accept", "guess"], "accept must be one of"),
+    (["--epsilon", "0"], "epsilon"), (["--temperature", "-1"], "temperature"),
+    (["--heads", "absent"], "absent"), (["--model", "./absent"], "cannot load ./absent"),
+    (["--prompt", "the " * 200], "shorten it")])
+def test_command_line_says_what_is_wrong_in_one_line(folder, capsys, monkeypatch, args, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    common = ["--model", folder, "--heads", folder / "heads", "--device", "cpu"]
+    code, out, err = run_main(capsys, *common, *args)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+def test_command_line_colours_accepted_drafts(folder, monkeypatch, no_colour):
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(hydra, "generate", wraps(hydra.generate)(
+        partial(scripted_generate, hydra.generate)))
+    hydra.main(["--model", str(folder), "--heads", str(folder / "heads"), "--device", "cpu",
+                "--prompt", "the"])
+    text = sys.stdout.getvalue()
+    green = "\033[32mtree of \033[0mthe\n"
+    assert text == "the " + ("tree of the\n" if no_colour else green)
+
+
+def scripted_generate(real, model, heads, input_ids, *, streamer=None, tree=None, **options):
+    """A decode whose first token is " ", and whose one step accepts "tree of " before "the"."""
+    out = real(model, heads, input_ids, tree=tree, **options)
+    if streamer:
+        code = streamer.tokenizer
+        streamer.put(input_ids)
+        streamer.put(torch.tensor(code(" ").input_ids))
+        drafts = code("tree of ").input_ids
+        streamer.put(torch.tensor([*drafts, *code("the").input_ids]))
+        streamer.end()
+    return out
+
+
+def test_command_line_in_a_pipe_is_plain_and_repeatable(folder):
+    command = [sys.executable, hydra.__file__, "--model", str(folder), "--heads",
+               str(folder / "heads"), "--device", "cpu", "--prompt", "-", "--max-new-tokens", "12",
+               "--accept", "sampling", "--temperature", "0.8", "--seed"]
+    one, same, other = (subprocess.run([*command, seed], input="the tree", text=True,
+                                       capture_output=True, check=True).stdout
+                        for seed in ("1", "1", "2"))
+    assert one == same != other and one.startswith("the tree") and "\033" not in one
 
 
 # ------------------------------------------------------------------------- the file as a whole
