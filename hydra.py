@@ -451,6 +451,8 @@ class Decoder:
         `step` returns: each row's first token (B, 1), and ones (B,).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
+        if self.cuda_graph and self.graph is None:
+            self.capture()
         # padding moves to the right, so that every row starts at slot 0; what padding writes lies
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
@@ -470,26 +472,21 @@ class Decoder:
 
         Fixed shapes, state updated in place, nothing read by the host.
         """
-        if not self.cuda_graph:
-            return self.run(self.tree)
         if self.graph is None:
-            self.capture()
+            return self.run(self.tree)
         self.graph.replay()
         return self.emitted
 
     def capture(self):
-        """Record one step as a CUDA graph; the runs that warm it up leave the state as it was."""
-        state = self.length, self.root, self.hidden
-        saved = [tensor.clone() for tensor in state]
+        """Record one step as a CUDA graph; what state the runs to warm it up change is lost."""
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 self.run(self.tree)
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.emitted = self.run(self.tree)
-        for tensor, value in zip(state, saved):
-            tensor.copy_(value)
+        self.graph = graph
 
     def advance(self, tree):
         """Draft, verify, accept and commit."""
@@ -561,7 +558,7 @@ class Output:
     sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
     tree: Tree               # what was drafted
     emitted: list            # for each row the tokens of each step, accepted drafts + bonus token
-    num_new: list            # for each row the number of new tokens
+    new_tokens: list         # for each row its new tokens, without padding
     seconds: float           # wall-clock time of all steps, prefill left out
 
     @property
@@ -630,7 +627,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in new],
                                           True, pad)
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
-                  [steps[1:] for steps in emitted], list(map(len, new)), seconds)
+                  [steps[1:] for steps in emitted], new, seconds)
 
 
 def generate_plain(model, input_ids, **options):
@@ -925,11 +922,11 @@ def time_phases(decoder, input_ids, attention_mask):
             .timeit(20).mean for phase in (draft, verify, commit)]
 
 
-def closing_block(out, plain, new, phases, accept):
-    """What a run showed, a figure a line; new: the new tokens of each row."""
-    grams = [tuple(row[k:k + 4]) for row in new for k in range(len(row) - 3)]
+def closing_block(out, plain, phases, accept):
+    """What a run showed, a figure a line."""
+    grams = [tuple(row[k:k + 4]) for row in out.new_tokens for k in range(len(row) - 3)]
     counts = Counter(count for row in out.emitted for count in row)
-    rate, plain_rate = (sum(o.num_new) / max(o.seconds, 1e-9) for o in (out, plain))
+    rate, plain_rate = (sum(map(len, o.new_tokens)) / max(o.seconds, 1e-9) for o in (out, plain))
     same = "identical to" if torch.equal(out.sequences, plain.sequences) else "differs from"
     return f"""
 tokens per step  {out.tokens_per_step:.2f} in {sum(counts.values())} steps; plain decoding: 1.00
@@ -956,14 +953,13 @@ def run(args):
     streamer = streamer(tokenizer, skip_special_tokens=True) if len(rows) == 1 else None
     torch.manual_seed(args.seed)
     out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
-    new = [row[input_ids.shape[1]:][:n].tolist() for row, n in zip(out.sequences, out.num_new)]
-    for text, tokens in zip(texts, [] if streamer else new):
+    for text, tokens in zip(texts, [] if streamer else out.new_tokens):
         print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
     decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
     phases = time_phases(decoder, input_ids, mask)
-    print(closing_block(out, plain, new, phases, args.accept), file=sys.stderr)
+    print(closing_block(out, plain, phases, args.accept), file=sys.stderr)
     return 0
 
 
