@@ -4,15 +4,15 @@
 A language model reads all of its weights to write one token, and reading them for one token or
 for a few dozen takes about the same time. So Hydra guesses a small *tree* of continuations with
 cheap draft heads, verifies the whole tree in one forward pass of the base model, and keeps the
-longest path that the base model itself would have written. Every decode step does the same:
+longest path that the base model agrees with. Every decode step does the same:
 
     length = number of committed tokens, whose keys and values are in the cache
     root   = the token that the base model has chosen but not yet read
     hidden = the base model's last hidden state, the one that predicted root
 
     repeat:
-        1 draft    tokens of the tree below root: head i reads hidden and the embeddings of the
-                   i+1 tokens on its node's own path, and its best guesses are the children
+        1 draft    tokens of the tree below root: for each node of depth i, head i reads hidden
+                   and the i+1 tokens on the path to it; its best guesses are the node's children
         2 verify   one forward of the base model over all N nodes; a node sees the committed
                    prefix, its ancestors and itself (the tree attention mask), nothing else
         3 accept   the longest path whose every token is what the base model wanted there;
@@ -22,7 +22,7 @@ longest path that the base model itself would have written. Every decode step do
                    last accepted node
 
 Medusa's head i sees hidden alone: it must guess the token at distance i + 2 without knowing which
-tokens stand in between. That one difference is `head_input` below, and it is the whole paper.
+tokens stand in between. That one difference is `head_input` below, and it is the paper's idea.
 
 The running example is this tree of seven nodes. Node 0, the root, is always right; every other
 node is named by its *choice*, the path of child ranks that leads to it:
@@ -37,19 +37,19 @@ node is named by its *choice*, the path of child ranks that leads to it:
 
 One idea keeps the file small: every step has the same shapes and reads nothing back to the host.
 A tree always has N nodes, a path is always depth + 1 nodes (padded with its last node), and every
-row of the batch carries its own length as a tensor. Batches in which every row accepts another
+row of the batch carries its own length as a tensor. Batches in which every row accepts a different
 number of tokens, CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
 position t predicts token t + 1, head i predicts token t + 2 + i.
 Contents: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode
-loop, 8 training, 9 models, 10 command line. No section needs one below its own.
+loop, 8 training, 9 models, 10 command line. Read them in this order.
 """
 import copy
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,7 +68,7 @@ class HydraConfig:
     num_layers: int = 1         # blocks in each head's MLP; Hydra++ has 4
     grounded: bool = True       # True is Hydra; False is Medusa, whose heads see no tokens
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
-    dropout: float = 0.0        # before every block and every lm_head, in training only
+    dropout: float = 0.0        # Hydra++ in training: before every block and every lm_head
 
 
 def head_input(hidden, embeddings):
@@ -85,7 +85,7 @@ def head_input(hidden, embeddings):
 
 
 class ResBlock(nn.Module):
-    """y = R(x) + SiLU(W x + b), with W zero at first, so that a new block changes little.
+    """y = R(x) + SiLU(W x + b), with W zero at first.
 
     R is the identity; only in the first block of a grounded head it projects (i+2)*D to D.
     """
@@ -124,22 +124,19 @@ class DraftHeads(nn.Module):
             lm_head = nn.Linear(width, vocab)
             nn.init.zeros_(lm_head.bias)
             lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
-            # named as in the released checkpoints, whose Hydra++ counts dropouts as layers
-            places = range(1, 2 * len(blocks), 2) if config.prefix_layer else range(len(blocks))
-            self.hydra_mlp.append(nn.ModuleDict(zip(map(str, places), blocks)))
-            self.hydra_lm_head.append(nn.Sequential(OrderedDict({"1": lm_head}))
-                                      if config.prefix_layer else lm_head)
+            # as released: only Hydra++ has dropout, and there it counts as a layer
+            drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
+            self.hydra_mlp.append(nn.Sequential(*(part for block in blocks
+                                                  for part in (*drop, block))))
+            self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         self.to(model.device, model.dtype).eval()
 
     def forward(self, i, hidden, embeddings):
-        """Logits of head i: hidden (..., D), embeddings (..., i+1, D) -> (..., V)."""
-        x = hidden
+        """Logits of head i: hidden (..., D) broadcasts to embeddings (..., i+1, D) -> (..., V)."""
         if self.config.grounded:
-            x = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
-        for layer in (*self.hydra_mlp[i].values(), self.hydra_lm_head[i]):
-            x = layer(F.dropout(x, self.config.dropout, self.training))
-        return x
+            hidden = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
+        return self.hydra_lm_head[i](self.hydra_mlp[i](hidden))
 
     def read_prefix(self, hidden, **where):
         """What the heads see in place of hidden (B, T, D); where: mask and cache, as the base."""
@@ -175,13 +172,12 @@ MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
     (0, 7): 1, (1, 0): 2, (2, 0): 1, (0, 0, 0): 2}.items() for rank in range(count)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Tree:
     """A tree of N nodes, sorted by (depth, choice); node 0 is the root and its own parent.
 
-    levels, for section 4: how depth d grows into depth d + 1, as (paths, picks, width):
-    paths (n, d+1) of the n nodes that have children, the width best guesses that each of them
-    makes, and picks (m,), where in those n * width guesses each of the m children finds its token.
+    levels, for section 4: how depth d grows into depth d + 1, as (paths, place, rank): the paths
+    (n, d+1) of the n nodes with children; for each child its parent's row there, and its rank.
     """
     choices: list          # the N - 1 choices
     parents: torch.Tensor  # (N,) each node's parent
@@ -192,20 +188,18 @@ class Tree:
 
     def __post_init__(self):
         self.num_nodes, self.levels = len(self.parents), []
+        self.width = int(self.ranks.max()) + 1  # how many guesses a node has to make
         for depth in range(int(self.depths[-1])):
             children = (self.depths == depth + 1).nonzero()[:, 0]
             expanded, place = self.parents[children].unique(return_inverse=True)
-            width = int(self.ranks[children].max()) + 1
-            picks = place * width + self.ranks[children]
-            self.levels.append((self.paths[expanded, :depth + 1], picks, width))
+            self.levels.append((self.paths[expanded, :depth + 1], place, self.ranks[children]))
 
     def to(self, device):
         """The same tree with its tensors on another device."""
         moved = copy.copy(self)
         for name in ("parents", "depths", "ranks", "paths", "mask"):
             setattr(moved, name, getattr(self, name).to(device))
-        moved.levels = [(paths.to(device), picks.to(device), width)
-                        for paths, picks, width in self.levels]
+        moved.levels = [[part.to(device) for part in level] for level in self.levels]
         return moved
 
 
@@ -279,10 +273,10 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
     length + T - 1: before it lies the prefix, which all see, behind it free slots, which none
     sees.  Additive, as attention takes it: 0, or the most negative number of dtype.
     """
-    columns = F.pad(F.pad(mask, (1, 0), value=True), (0, 1), value=False)  # prefix | tree | free
+    sights = F.pad(F.pad(mask, (1, 0), value=True), (0, 1), value=False)   # (T, 1 + T + 1)
     slots = torch.arange(num_slots, device=length.device)
-    column = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)         # (B, S)
-    visible = columns[:, column].transpose(0, 1)[:, None]                  # (B, 1, T, S)
+    kinds = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)  # (B, S) 0 prefix, T + 1 free
+    visible = sights[:, kinds].transpose(0, 1)[:, None]                    # (B, 1, T, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
@@ -297,12 +291,12 @@ def draft_tree(heads, tree, root, hidden, embed):
     call, which has read the tokens on that parent's path.  Paper: 3.
     """
     tokens = root[:, None]                                             # (B, 1)
-    for depth, (paths, picks, width) in enumerate(tree.levels):
+    for depth, (paths, place, rank) in enumerate(tree.levels):
         logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n, V)
-        guesses = logits.topk(width).indices                           # (B, n, width), best first
+        guesses = logits.topk(tree.width).indices                      # (B, n, width), best first
         # Medusa's heads read no tokens: they make one row of guesses, which all n nodes share
-        guesses = guesses.expand(-1, len(paths), -1).flatten(1)        # (B, n * width)
-        tokens = torch.cat([tokens, guesses[:, picks]], dim=1)
+        guesses = guesses.expand(-1, len(paths), -1)
+        tokens = torch.cat([tokens, guesses[:, place, rank]], dim=1)   # (B, nodes so far)
     return tokens
 
 
@@ -311,7 +305,7 @@ def draft_tree(heads, tree, root, hidden, embed):
 def longest_accepted_path(passes, tree, score=None):
     """The deepest node that passes together with all of its ancestors.
 
-    passes (B, N) bool: does the node's token agree with the base model?  The root always does.
+    passes (B, N) bool: does the node's token agree with the base model?  The root's is ignored.
     score (B, N): each node's own contribution; among paths of equal depth the one with the
     largest sum wins, and without a score the first in node order.  Returns node (B,).
 
@@ -320,18 +314,18 @@ def longest_accepted_path(passes, tree, score=None):
     >>> longest_accepted_path(torch.tensor([[T, T, F, F, T, T, T]]), tree)  # 3 breaks 6, 2 breaks 5
     tensor([4])
     """
-    drafted = tree.depths > 0
-    alive = (passes[:, None] | ~(tree.mask & drafted)).all(-1)         # (B, N) whole path passes
+    passes = passes | (tree.depths == 0)
+    alive = passes[:, tree.paths].all(-1)                              # (B, N) whole path passes
     depth = torch.where(alive, tree.depths, -1)
     longest = depth == depth.max(-1, keepdim=True).values
     if score is None:
         return longest.int().argmax(-1)
-    path_score = torch.where(tree.mask & drafted, score[:, None], 0).sum(-1)
+    path_score = torch.where(tree.mask & (tree.depths > 0), score[:, None], 0).sum(-1)
     return torch.where(longest, path_score, -torch.inf).argmax(-1)
 
 
 def follow(wanted, tokens, tree):
-    """Walk down the tree along the tokens that the base wants after each node, wanted (B, N)."""
+    """The deepest node whose path is what the base wants, wanted (B, N), and its own wish (B,)."""
     node = longest_accepted_path(tokens == wanted[:, tree.parents], tree)
     return node, wanted.gather(1, node[:, None])[:, 0]
 
@@ -407,7 +401,7 @@ def commit_path(kv, length, path):
     nodes from the root to the last accepted one, padded with it (what padding writes is scratch).
 
         prefix | sat  on  down  the  a  .  mat        path 0 1 4 -> slots 0 1 4 of the tree
-        prefix   sat  on  a   | the  a  .  mat        length += 3, the rest is scratch
+        prefix   sat  on  a   | a    a  .  mat        length += 3, the rest is scratch
     """
     source = length[:, None] + path                                        # (B, depth+1)
     target = length[:, None] + torch.arange(path.shape[1], device=path.device)
@@ -444,6 +438,7 @@ class Decoder:
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
         self.graph = None
 
+    @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts up to their last token, which is the root of a first, plain step.
 
@@ -467,6 +462,7 @@ class Decoder:
         self.active.fill_(1)
         return self.advance(build_tree([]).to(tokens.device))
 
+    @torch.inference_mode()
     def step(self):
         """One decode step: returns tokens (B, depth+1), and counts (B,), how many of them count.
 
@@ -478,7 +474,8 @@ class Decoder:
         return self.emitted
 
     def capture(self):
-        """Record one step as a CUDA graph; what state the runs to warm it up change is lost."""
+        """Record one step as a CUDA graph; its warm-up spoils the state, so prefill comes after."""
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 self.run(self.tree)
@@ -501,7 +498,8 @@ class Decoder:
         the base's logits (B, T, V) and what the heads see (B, T, D).
         """
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        self.cache.slots = self.length[:, None] + places
+        # what padding would write behind the last slot goes into it: it is scratch
+        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
         where = dict(
             attention_mask=mask_behind_prefix(mask, self.length, self.cache.num_slots,
                                               self.model.dtype),
@@ -533,6 +531,12 @@ def check_fit(model, heads, tree, max_context):
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
     require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
             f"{num_heads} draft heads: cut the tree or train more heads")
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    require(max_context + tree.num_nodes <= window, f"the base sees {window} tokens only: lower "
+            "max_context or cut the tree")
+    unfit = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
+             if getattr(model.config, what, False) or getattr(model, what, False)]
+    require(not unfit, f"{model.config.model_type} cannot read a tree: {', '.join(unfit)}")
     widest = max(tree.choices, key=lambda choice: choice[-1], default=[0])
     require(widest[-1] < base[0], f"choice {widest} asks for rank {widest[-1]} of {base[0]} tokens")
     limit = getattr(model.config, "max_position_embeddings", None) or max_context
@@ -542,12 +546,13 @@ def check_fit(model, heads, tree, max_context):
 
 def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance function of that name, its settings filled in."""
-    require(0 <= temperature < math.inf, f"temperature must be 0 or more, not {temperature}")
+    require(temperature == 0 or 1e-5 <= temperature < math.inf,
+            f"temperature must be 0 (greedy) or more, at least 1e-5, not {temperature}")
     require(0 < epsilon <= 1 and 0 < delta <= 1,
             f"epsilon and delta must lie in (0, 1], not at {epsilon} and {delta}")
-    warm = dict(temperature=temperature)
-    rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, **warm),
-             "typical": partial(accept_typical, **warm, epsilon=epsilon, delta=delta)}
+    rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, temperature=temperature),
+             "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon,
+                                delta=delta)}
     require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
     return accept_greedy if temperature == 0 else rules[name]
 
@@ -557,7 +562,7 @@ class Output:
     """What `generate` returns."""
     sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
     tree: Tree               # what was drafted
-    emitted: list            # for each row the tokens of each step, accepted drafts + bonus token
+    emitted: list            # for each row how many tokens each step gave, accepted drafts + 1
     new_tokens: list         # for each row its new tokens, without padding
     seconds: float           # wall-clock time of all steps, prefill left out
 
@@ -587,6 +592,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tree = tree if hasattr(tree, "paths") else build_tree(tree or [])
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
+    require(mask.shape == input_ids.shape, "attention_mask must have the shape of input_ids")
     require(lengths and min(lengths) > 0, "the prompt is empty: give at least one token")
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
@@ -611,11 +617,11 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
         for row in running:
             emitted[row].append(counts[row])
             fresh = tokens[row][:min(counts[row], room[row] - len(new[row]))]
-            stop = next((place for place, token in enumerate(fresh) if token in eos), len(fresh))
-            new[row] += fresh[:stop + 1]
+            stop = next((count for count, token in enumerate(fresh, 1) if token in eos), None)
+            new[row] += fresh[:stop]
             if streamer:
-                streamer.put(torch.tensor(fresh[:stop + 1]))
-            if stop < len(fresh) or len(new[row]) == room[row]:
+                streamer.put(torch.tensor(fresh[:stop]))
+            if stop or len(new[row]) == room[row]:
                 decoder.active[row] = 0
         running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
         if running:
@@ -624,8 +630,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if streamer:
         streamer.end()
     pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in new],
-                                          True, pad)
+    longest = max(map(len, new))
+    padded = torch.tensor([row + [pad] * (longest - len(row)) for row in new])
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
                   [steps[1:] for steps in emitted], new, seconds)
 
@@ -636,7 +642,7 @@ def generate_plain(model, input_ids, **options):
 
 
 # --------------------------------------------------------------------------------- 8 training
-import argparse
+import argparse  # these imports serve sections 8 to 10 only
 import hashlib
 import inspect
 import json
@@ -655,8 +661,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 
-def read_text(model, heads, input_ids):
-    """What training needs of a text (B, T): what the heads see, embeddings, the base's logits."""
+def read_base(model, heads, input_ids):
+    """What training needs of input_ids (B, T): what the heads see, embeddings, base logits."""
     with torch.no_grad():
         out = model(input_ids, output_hidden_states=True, use_cache=False)
         embeddings = model.get_input_embeddings()(input_ids)
@@ -694,7 +700,7 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 @torch.no_grad()
 def head_ranks(model, heads, input_ids):
     """Which rank each head gives the true token of a text (B, T), 0 the best: (B, T-1-K, K)."""
-    hidden, embeddings, _ = read_text(model, heads, input_ids)
+    hidden, embeddings, _ = read_base(model, heads, input_ids)
     num_heads, ranks = heads.config.num_heads, []
     for i in range(num_heads):
         path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)
@@ -710,8 +716,10 @@ def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, *
     token_ids (M,): one long text.  options: as for `fit`, at least steps.  Returns the history, a
     list of {"step", "loss", "top1"}, top1 each head's share of right first guesses.  Paper: 3, 4.
     """
+    require(options.get("seq_len", 64) > heads.config.num_heads + 1, "seq_len is too short")
+
     def loss(ids, labels):
-        hidden, embeddings, logits = read_text(model, heads, ids)
+        hidden, embeddings, logits = read_base(model, heads, ids)
         return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
                            teacher_weight=teacher_weight).sum()
 
@@ -858,8 +866,9 @@ def build_demo(folder):
         title="base model", **size)
     heads = DraftHeads(HydraConfig(4, 4, prefix_layer=True), model)
     train_heads(model, heads, ids, steps=600, lm_weight=0.0, teacher_weight=1.0, **size)
-    text = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
-    heads.choices = search_tree(head_ranks(model, heads, text)[:, 7:].flatten(0, 1), num_nodes=8)
+    written = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
+    ranks = head_ranks(model, heads, written)[:, 7:].flatten(0, 1)  # behind the prompts of 8 tokens
+    heads.choices = search_tree(ranks, num_nodes=8)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     heads.save_pretrained(folder / "heads")
@@ -957,7 +966,7 @@ def run(args):
         print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
-    decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1])
+    decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1], cuda_graph=False)
     phases = time_phases(decoder, input_ids, mask)
     print(closing_block(out, plain, phases, args.accept), file=sys.stderr)
     return 0

@@ -335,7 +335,7 @@ def test_draft_heads_of_medusa_read_no_tokens():
 
 
 def test_draft_heads_drop_out_in_training_only():
-    heads = make_heads("hydra", base("llama"), dropout=0.5)
+    heads = make_heads("hydra++", base("llama"), dropout=0.5)
     example = 0, torch.randn(1, 1, WIDTH), torch.randn(1, 1, 1, WIDTH)
     assert torch.equal(heads(*example), heads(*example))
     heads.train()
@@ -1011,6 +1011,42 @@ def test_decode_loop_refuses_heads_of_another_base():
     model, other = base("llama"), base("llama", vocab_size=VOCAB + 8)
     with pytest.raises(ValueError, match=r"\(40, 32\).*\(32, 32\)"):
         hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decode_loop_wide_padding_needs_no_more_room(side):
+    model = base("llama")
+    prompts = random_prompts(3, 10, 4)
+    ids = torch.zeros(2, 40, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # 30 columns and more of padding for 5 new tokens
+        place = slice(len(prompt)) if side == "right" else slice(40 - len(prompt), 40)
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    output = hydra.generate(model, make_heads("hydra++", model), ids, attention_mask=mask,
+                            max_new_tokens=5)
+    for prompt, row in zip(prompts, output.new_tokens):
+        assert row == wanted(model, prompt, 5)
+
+
+def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
+    alibi = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, alibi=True))
+    stateful = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
+    narrow = base("mistral", sliding_window=8)
+    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (narrow, "8 tokens only")):
+        with pytest.raises(ValueError, match=message):
+            hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert hydra.generate_plain(narrow, ids, max_new_tokens=3).sequences.shape == (1, 7)
+
+
+def test_decode_loop_outside_of_generate_keeps_no_autograd_graph():
+    model = base("llama").requires_grad_(True)
+    decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree([[0]]), 1, 20)
+    decoder.prefill(torch.ones(1, 3, dtype=torch.long))
+    decoder.step()
+    assert not decoder.hidden.requires_grad
 
 
 @needs_cuda
