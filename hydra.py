@@ -85,10 +85,7 @@ def head_input(hidden, embeddings):
 
 
 class ResBlock(nn.Module):
-    """y = R(x) + SiLU(W x + b), with W zero at first.
-
-    R is the identity; only in the first block of a grounded head it projects (i+2)*D to D.
-    """
+    """y = R(x) + SiLU(W x + b), W zero at first; R projects (i+2)*D to D, or is the identity."""
 
     def __init__(self, width_in, width_out):
         super().__init__()
@@ -115,9 +112,8 @@ class DraftHeads(nn.Module):
         self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()
         self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)
         for i in range(config.num_heads):
-            # subtle: all blocks after the first are one module, used several times over. The
-            # released heads were trained so: "4 layers" are one conditioned block and one shared
-            # block, thrice. Without conditioning even the first block is that same module.
+            # subtle: all blocks after the first are one module, used again and again; without
+            # grounding even the first is that module. The released heads were trained so.
             first = ResBlock((i + 2) * width if config.grounded else width, width)
             shared = ResBlock(width, width) if config.grounded else first
             blocks = [first] + [shared] * (config.num_layers - 1)
@@ -148,8 +144,8 @@ class DraftHeads(nn.Module):
 def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
 
-    It reads the base's final hidden states as if they were embeddings, so p[t] can attend to
-    h[0..t].  To the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
+    It reads the base's final hidden states as if they were embeddings: p[t] attends to h[0..t].
+    To the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
     """
     config = copy.deepcopy(model.config)
     if getattr(config, "layer_types", None):
@@ -176,8 +172,8 @@ MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
 class Tree:
     """A tree of N nodes, sorted by (depth, choice); node 0 is the root and its own parent.
 
-    levels, for section 4: how depth d grows into depth d + 1, as (paths, place, rank): the paths
-    (n, d+1) of the n nodes with children; for each child its parent's row there, and its rank.
+    levels, for section 4, by depth d: (paths (n, d+1) of the n nodes that have children; for each
+    of their m children, its parent's row in these paths (m,); and its rank (m,)).
     """
     choices: list          # the N - 1 choices
     parents: torch.Tensor  # (N,) each node's parent
@@ -247,9 +243,9 @@ def require(condition, message):
 def tree_attention_mask(parents):
     """Which node may attend to which: ancestors and itself.
 
-    parents (N,): each node's parent, parents before children, the root its own.  Returns
-    (N, N) bool; row attends to column.  Siblings and cousins never see each other, so each path
-    is computed as if it stood alone behind the prefix: one forward verifies all.  Paper: 2.
+    parents (N,): each node's parent, parents before children, the root its own.  Returns (N, N)
+    bool; row attends to column.  Siblings and cousins never see each other: each path is computed
+    as if it stood alone behind the prefix, and one forward verifies all of them.  Paper: 2.
 
     >>> tree_attention_mask(torch.tensor([0, 0, 0, 1, 1, 2, 3])).int()
     tensor([[1, 0, 0, 0, 0, 0, 0],
@@ -356,9 +352,9 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
 
         p(token | its path) > min(epsilon, delta * exp(-H)),    H the entropy of p
 
-    where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`;
-    p is the softmax of the parent's logits / temperature.  Among longest paths the most likely
-    wins, and the bonus token is the argmax: no random number is drawn.  Paper: 2 (as in Medusa).
+    Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`; p
+    is the softmax of the parent's logits / temperature.  Among longest paths the likeliest wins,
+    the bonus token is the argmax: no random number is drawn.  Paper: 2 (as in Medusa).
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)        # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -374,9 +370,8 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
 class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
-    A row's first `length` slots are its committed prefix; the tokens of a forward pass are
-    written behind it, at the slots in `slots` (B, T), and everything further is scratch.  The
-    prefix layer is simply one more layer.
+    A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
+    it, at `slots` (B, T); everything further is scratch.  The prefix layer is one more layer.
     """
 
     def __init__(self, num_slots):
@@ -457,9 +452,9 @@ class Decoder:
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(start)
             self.read(chunk, places, places[:, None] >= places)
+        self.active.fill_(1)
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
-        self.active.fill_(1)
         return self.advance(build_tree([]).to(tokens.device))
 
     @torch.inference_mode()
@@ -479,7 +474,6 @@ class Decoder:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 self.run(self.tree)
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.emitted = self.run(self.tree)
@@ -500,11 +494,10 @@ class Decoder:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
-        where = dict(
-            attention_mask=mask_behind_prefix(mask, self.length, self.cache.num_slots,
-                                              self.model.dtype),
-            position_ids=(self.length[:, None] + depths).clamp(max=self.max_context - 1),
-            past_key_values=self.cache, use_cache=True)
+        mask = mask_behind_prefix(mask, self.length, self.cache.num_slots, self.model.dtype)
+        positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
+        where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+                     use_cache=True)
         out = self.model(input_ids=tokens, output_hidden_states=True, **where)
         hidden = out.hidden_states[-1]  # after the final norm
         return out.logits, self.heads.read_prefix(hidden, **where) if self.heads else hidden
@@ -532,8 +525,7 @@ def check_fit(model, heads, tree, max_context):
     require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
             f"{num_heads} draft heads: cut the tree or train more heads")
     window = getattr(model.config, "sliding_window", None) or math.inf
-    require(max_context + tree.num_nodes <= window, f"the base sees {window} tokens only: lower "
-            "max_context or cut the tree")
+    require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
     unfit = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
              if getattr(model.config, what, False) or getattr(model, what, False)]
     require(not unfit, f"{model.config.model_type} cannot read a tree: {', '.join(unfit)}")
@@ -592,8 +584,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tree = tree if hasattr(tree, "paths") else build_tree(tree or [])
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
-    require(mask.shape == input_ids.shape, "attention_mask must have the shape of input_ids")
-    require(lengths and min(lengths) > 0, "the prompt is empty: give at least one token")
+    require(mask.shape == input_ids.shape and min(lengths, default=0) > 0,
+            "the prompt is empty: give every row one token or more, and a mask of the same shape")
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -611,6 +603,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if streamer:
         streamer.put(input_ids.cpu())
     result = decoder.prefill(input_ids, mask) if running else None
+    decoder.root.tolist()  # a GPU may still be at the prefill, which is not timed
     start = time.perf_counter()
     while running:
         tokens, counts = (tensor.tolist() for tensor in result)  # the host's one look at a step
@@ -674,11 +667,10 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
     """Each head's loss on a text that the base model has read.
 
     Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
-    token s = t + 2 + i.  lm loss: cross-entropy against token s.  teacher loss: cross-entropy
-    against the base's distribution for s, which stands at s - 1.  hidden (B, T, D): what the heads
-    see.  embeddings (B, T, D), input_ids (B, T), base_logits (B, T, V) of the same text.  labels
-    (B, T): -100 where a token does not count, default input_ids.  Returns (K,): each head's mean
-    over the positions that count.  Paper: 3, and 4 (teacher loss).
+    token s = t + 2 + i.  lm loss: cross-entropy against token s; teacher loss: against the base's
+    distribution for s, which stands at s - 1.  hidden (B, T, D): what the heads see.  embeddings
+    (B, T, D), input_ids (B, T), base_logits (B, T, V): the text's.  labels (B, T): input_ids, or
+    -100 where a token does not count.  Returns (K,), means over what counts.  Paper: 3 and 4.
     """
     labels = input_ids if labels is None else labels
 
@@ -716,8 +708,6 @@ def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, *
     token_ids (M,): one long text.  options: as for `fit`, at least steps.  Returns the history, a
     list of {"step", "loss", "top1"}, top1 each head's share of right first guesses.  Paper: 3, 4.
     """
-    require(options.get("seq_len", 64) > heads.config.num_heads + 1, "seq_len is too short")
-
     def loss(ids, labels):
         hidden, embeddings, logits = read_base(model, heads, ids)
         return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
@@ -770,21 +760,26 @@ def search_tree(ranks, num_nodes):
     the num_nodes - 1 choices seen most often, smaller where fewer were seen.  Not in the paper.
 
     >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
-    [[0], [1], [0, 0]]
+    [[0], [0, 0], [1]]
     """
     seen = Counter(tuple(row[:depth]) for row in ranks.tolist() for depth in range(1, len(row) + 1))
-    best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))[:num_nodes - 1]
-    return sorted(map(list, best), key=lambda choice: (len(choice), choice))
+    best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))
+    return [list(choice) for choice in best[:num_nodes - 1]]
 
 
 # ----------------------------------------------------------------------------------- 9 models
 
+VICUNA_PROMPT = (
+    "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The "
+    "assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "USER: {{ messages[0].content }} ASSISTANT:")
+
+
 def load(name, heads=None, device=None, dtype=None):
-    """A base model, its draft heads (or None) and its tokenizer, ready to decode.
+    """A base model, its draft heads (or None) and its tokenizer; ValueError says what is missing.
 
     name: "demo", "vicuna-7b" (-13b, -33b), a folder, or a Hub id.  heads: a folder or Hub id; None
-    for those that belong to name.  device: None is the GPU if there is one.  dtype: None is fp32
-    on a CPU, else the checkpoint's own.  Raises ValueError or OSError.
+    for those that belong to name.  device, dtype: None is the GPU if there is one; fp32 on a CPU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
@@ -796,6 +791,8 @@ def load(name, heads=None, device=None, dtype=None):
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if "vicuna" in str(name).lower() and not tokenizer.chat_template:
+            tokenizer.chat_template = VICUNA_PROMPT
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model.to(device).eval()
         return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
@@ -806,14 +803,13 @@ def load(name, heads=None, device=None, dtype=None):
 def load_heads(path_or_repo, model):
     """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
     fetch = partial(transformers.utils.cached_file, str(path_or_repo))
-    about = json.loads(Path(fetch("config.json")).read_text())
-    arch = about.get("hydra_head_arch", "mlp")
-    require(arch in ("mlp", "prefix-mlp") and not about.get("hidden_state_offset"),
+    get = json.loads(Path(fetch("config.json")).read_text()).get
+    arch = get("hydra_head_arch", "mlp")
+    require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
             f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
-    heads = DraftHeads(HydraConfig(
-        about.get("hydra_num_heads", 4), about.get("hydra_num_layers", 1),
-        about.get("grounded_heads", False), arch == "prefix-mlp", about.get("dropout_rate", 0.0)),
-        model)
+    config = HydraConfig(get("hydra_num_heads", 4), get("hydra_num_layers", 1), get(
+        "grounded_heads", False), arch == "prefix-mlp", get("dropout_rate", 0.0))
+    heads = DraftHeads(config, model)
     unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
     try:
         file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
@@ -893,40 +889,33 @@ def demo_folder():
 # ---------------------------------------------------------------------------- 10 command line
 
 OPTIONS = {"max_new_tokens": "at most so many for each prompt",
-           "accept": "which drafts pass: greedy, typical or sampling",
-           "temperature": "of typical and sampling; 0 is greedy",
+           "accept": "greedy, typical or sampling", "temperature": "0 is greedy",
            "epsilon": "typical: a probability that always passes",
            "delta": "typical: the share of exp(-entropy) that passes"}
 
 
 class ColourStreamer(transformers.TextStreamer):
-    """Prints text as it comes, accepted drafts in green: all tokens of a step but its last."""
-    drafted = ()  # for each character to come: is it drafted?
+    """Prints text word by word; a word is green when its last token is an accepted draft."""
+    green = False
 
     def put(self, value):
         pieces = value if value.dim() == 2 else value.split(1)  # the prompt, or a step's tokens
-        for place, piece in enumerate(pieces):
-            shown, known = (len(self.tokenizer.decode(self.token_cache + more))
-                            for more in ([], piece.tolist()))
-            self.drafted += (place < len(pieces) - 1,) * (known - shown)
-            super().put(piece)
+        for place, piece in enumerate(pieces, start=1):
+            super().put(piece)  # prints the word before, in the last token's colour
+            self.green = place < len(pieces)
 
     def on_finalized_text(self, text, stream_end=False):
-        pairs = zip(text, self.drafted[:len(text)] + (False,) * len(text))
-        self.drafted = self.drafted[len(text):]
-        green = "".join(f"\033[32m{char}\033[0m" if drafted else char for char, drafted in pairs)
-        super().on_finalized_text(green.replace("\033[0m\033[32m", ""), stream_end)
+        super().on_finalized_text(f"\033[32m{text}\033[0m" if self.green else text, stream_end)
 
 
 @torch.inference_mode()
 def time_phases(decoder, input_ids, attention_mask):
     """Mean milliseconds of draft, verify, and accept with commit, each by itself and eager."""
     decoder.prefill(input_ids, attention_mask)
-    tree = decoder.tree
-    draft = partial(draft_tree, decoder.heads, tree, decoder.root, decoder.hidden, decoder.embed)
-    tokens = draft()
-    verify = partial(decoder.read, tokens, tree.depths, tree.mask)
-    commit = partial(decoder.commit, tokens, *verify(), tree)
+    tree, heads = decoder.tree, decoder.heads
+    draft = partial(draft_tree, heads, tree, decoder.root, decoder.hidden, decoder.embed)
+    verify = partial(decoder.read, draft(), tree.depths, tree.mask)
+    commit = partial(decoder.commit, draft(), *verify(), tree)
     return [1000 * Timer("phase()", globals={"phase": phase}, num_threads=torch.get_num_threads())
             .timeit(20).mean for phase in (draft, verify, commit)]
 
@@ -949,8 +938,13 @@ output           {"other draws than" if accept == "sampling" else same} plain de
 def run(args):
     """Stream the text to standard output, the closing block to standard error; the exit code."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
-    texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
-    rows = [torch.tensor(tokenizer(text).input_ids, dtype=torch.long) for text in texts]
+    chat = bool(tokenizer.chat_template) and not args.raw
+    prompts = args.prompt or ["What can I learn from trees?" if chat else "The for statement"]
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompts]
+    chats = [[{"role": "user", "content": text}] for text in prompts]
+    texts = (tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+             if chat else prompts)
+    rows = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=not chat).input_ids]
     input_ids, mask = (nn.utils.rnn.pad_sequence(part, True).to(model.device)
                        for part in (rows, [torch.ones_like(row) for row in rows]))
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
@@ -958,11 +952,11 @@ def run(args):
     options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
                **{name: getattr(args, name) for name in OPTIONS}}
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    streamer = ColourStreamer if colour else transformers.TextStreamer
-    streamer = streamer(tokenizer, skip_special_tokens=True) if len(rows) == 1 else None
+    streamer = (ColourStreamer if colour else transformers.TextStreamer)(
+        tokenizer, skip_prompt=chat, skip_special_tokens=True) if len(rows) == 1 else None
     torch.manual_seed(args.seed)
     out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
-    for text, tokens in zip(texts, [] if streamer else out.new_tokens):
+    for text, tokens in zip(prompts, [] if streamer else out.new_tokens):
         print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
@@ -979,7 +973,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", default="demo", help="demo, vicuna-7b, -13b, -33b, a folder, or a Hub id")
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
-    add("--prompt", nargs="+", default=["The for statement"], help="several: a batch; -: stdin")
+    add("--prompt", nargs="+", help="several: a batch; -: standard input; None: one that fits")
+    add("--raw", action="store_true", help="the prompt as it is, without a chat template")
     for name, text in OPTIONS.items():  # of generate, with its own defaults
         default = inspect.signature(generate).parameters[name].default
         add("--" + name.replace("_", "-"), type=type(default), default=default, help=text)

@@ -1034,7 +1034,7 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
     stateful = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
     narrow = base("mistral", sliding_window=8)
-    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (narrow, "8 tokens only")):
+    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (narrow, "window of 8")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
