@@ -474,16 +474,14 @@ class Decoder:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
                 self.run(self.tree)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             self.emitted = self.run(self.tree)
-        self.graph = graph
 
     def advance(self, tree):
         """Draft, verify, accept and commit."""
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)
-        logits, hidden = self.read(tokens, tree.depths, tree.mask)
-        return self.commit(tokens, logits, hidden, tree)
+        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask), tree)
 
     def read(self, tokens, depths, mask):
         """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
@@ -599,7 +597,6 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     room = [min(max_new_tokens, max_context - length) for length in lengths]
     new, emitted = [[] for _ in lengths], [[] for _ in lengths]
     running = [row for row, tokens in enumerate(room) if tokens]
-
     if streamer:
         streamer.put(input_ids.cpu())
     result = decoder.prefill(input_ids, mask) if running else None
@@ -889,6 +886,7 @@ def demo_folder():
 # ---------------------------------------------------------------------------- 10 command line
 
 OPTIONS = {"max_new_tokens": "at most so many for each prompt",
+           "max_context": "tokens of prompt and text; None: as many as are needed",
            "accept": "greedy, typical or sampling", "temperature": "0 is greedy",
            "epsilon": "typical: a probability that always passes",
            "delta": "typical: the share of exp(-entropy) that passes"}
@@ -938,6 +936,8 @@ output           {"other draws than" if accept == "sampling" else same} plain de
 def run(args):
     """Stream the text to standard output, the closing block to standard error; the exit code."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
+    if heads is None:
+        print("hydra.py: no draft heads, so plain decoding; --heads names some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
     prompts = args.prompt or ["What can I learn from trees?" if chat else "The for statement"]
     prompts = [sys.stdin.read() if text == "-" else text for text in prompts]
@@ -977,7 +977,7 @@ def main(argv=None):
     add("--raw", action="store_true", help="the prompt as it is, without a chat template")
     for name, text in OPTIONS.items():  # of generate, with its own defaults
         default = inspect.signature(generate).parameters[name].default
-        add("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+        add("--" + name.replace("_", "-"), type=type(default or 0), default=default, help=text)
     add("--seed", type=int, default=0, help="of sampling")
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")

@@ -8,10 +8,13 @@
     HYDRA=my_solution HYDRA_REF=hydra pytest           every exercise graded alone: whatever else
                                                        a test calls comes from hydra.py
     python test_hydra.py --handout > my_solution.py    hydra.py with the exercises left blank
+    python test_hydra.py --grade my_solution.py        points for each exercise, and a total;
+                                                       --json for an autograder
 
 An exercise's tests carry its name. Expected values come from literals, from slow loops written
 straight from the definitions, and from `model.generate`, never from the function under test.
 """
+import argparse
 import ast
 import doctest
 import importlib
@@ -23,10 +26,15 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial, wraps
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +47,7 @@ hydra = importlib.import_module(os.environ.get("HYDRA", "hydra"))
 reference = importlib.import_module(os.environ["HYDRA_REF"]) if "HYDRA_REF" in os.environ else None
 EXERCISES = ["head_input", "build_tree", "tree_attention_mask", "draft_tree", "accept_greedy",
              "accept_typical", "accept_sampling", "commit_path", "head_losses", "search_tree"]
+POINTS = 10  # for an exercise all of whose tests pass; else none
 
 torch.set_num_threads(1)  # the models here are so small that threads only wait for each other
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -53,17 +62,17 @@ def graded_alone(request, monkeypatch):
     assert len(tested) <= 1, f"a test belongs to one exercise, not to {tested}"
     for name in EXERCISES:
         if name not in tested and hasattr(reference, name):
-            monkeypatch.setattr(hydra, name, getattr(reference, name))
+            monkeypatch.setattr(hydra, name, getattr(reference, name), raising=False)
 
 
-def handout():
-    """hydra.py with `raise NotImplementedError` for the exercises' bodies; all else stays."""
-    source = inspect.getsource(hydra)
+def handout(exercises=EXERCISES, body="raise NotImplementedError"):
+    """hydra.py with body in place of the exercises' own; their docstrings and all else stay."""
+    source = inspect.getsource(reference or hydra)
     lines = source.splitlines(keepends=True)
     for function in reversed(ast.parse(source).body):
-        if isinstance(function, ast.FunctionDef) and function.name in EXERCISES:
+        if isinstance(function, ast.FunctionDef) and function.name in exercises:
             docstring = function.body[0]
-            lines[docstring.end_lineno:function.end_lineno] = ["    raise NotImplementedError\n"]
+            lines[docstring.end_lineno:function.end_lineno] = [f"    {body}\n"]
     return "".join(lines)
 
 
@@ -1433,7 +1442,7 @@ def test_command_line_colours_accepted_drafts(folder, monkeypatch, no_colour):
     hydra.main(["--model", str(folder), "--heads", str(folder / "heads"), "--device", "cpu",
                 "--prompt", "the"])
     text = sys.stdout.getvalue().replace("\033[0m\033[32m", "")  # printed in pieces
-    assert text == "the " + ("tree of the\n" if no_colour else "\033[32mtree of t\033[0mhe\n")
+    assert text == "the " + ("tree of the\n" if no_colour else "\033[32mtree of \033[0mthe\n")
 
 
 def scripted_generate(real, model, heads, input_ids, *, streamer=None, tree=None, **options):
@@ -1461,7 +1470,7 @@ def test_command_line_in_a_pipe_is_plain_and_repeatable(folder):
 
 # ------------------------------------------------------------------------- the file as a whole
 
-EXAMPLES = [test for test in doctest.DocTestFinder().find(hydra) if test.examples]
+EXAMPLES = [test for test in doctest.DocTestFinder().find(reference or hydra) if test.examples]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name.split(".")[-1])
@@ -1471,7 +1480,7 @@ def test_docstring_example(example):
 
 
 def test_handout_is_the_file_without_the_answers():
-    blank, source = handout(), inspect.getsource(hydra)
+    blank, source = handout(), inspect.getsource(reference or hydra)
     before, after = ({node.name: node for node in ast.parse(text).body
                       if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
                      for text in (source, blank))
@@ -1485,8 +1494,124 @@ def test_handout_is_the_file_without_the_answers():
     assert blank.count("raise NotImplementedError") == len(EXERCISES)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--handout"]:
+# --------------------------------------------------------------------------------- autograder
+
+for function in (test_tree_attention_mask_running_example,
+                 test_tree_attention_mask_is_ancestor_or_self):
+    function.tree_mask = True  # so that -k tree_mask finds them too
+
+
+def run_submission(source, seconds, *args):
+    """Run python with args in a folder of its own, beside source (bytes) as submission.py.
+
+    Returns the exit code, or None when time was up; what was written to standard error; and to
+    report.xml. Whatever the submission does, it does there: loop, exit, print, crash.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        errors, report = Path(folder, "errors.txt"), Path(folder, "report.xml")
+        Path(folder, "submission.py").write_bytes(source)
+        path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+        settings = dict(HYDRA="submission", HYDRA_REF="hydra", PYTHONPATH=path, PYTEST_ADDOPTS="")
+        with errors.open("wb") as stderr:
+            try:
+                code = subprocess.run([sys.executable, *args], cwd=folder, timeout=seconds,
+                                      env=os.environ | settings, stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.DEVNULL, stderr=stderr).returncode
+            except subprocess.TimeoutExpired:
+                code = None
+        return code, errors.read_text(errors="replace"), report.exists() and report.read_bytes()
+
+
+def why_not_imported(source, seconds):
+    """Why the submission cannot be imported, in one line; "" when it can."""
+    code, errors, imported = run_submission(
+        source, seconds, "-c", "import submission; open('report.xml', 'w').write('imported')")
+    if imported:
+        return ""
+    lines = re.findall(r'submission.py", line (\d+)', errors)
+    why = errors.strip().split("\n")[-1] or "it ends the process"
+    why = f"it takes longer than {seconds:g} s" if code is None else why
+    return "cannot be imported: " + why + (f" (line {lines[-1]})" if lines else "")
+
+
+def grade_exercise(source, seconds, name):
+    """Points of one exercise: its tests, all else from the reference, in a process of their own."""
+    here = Path(__file__).resolve()
+    code, _, report = run_submission(
+        source, seconds, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", here.parent,
+        "--junitxml", "report.xml", "-k", name, here)
+    cases = list(ElementTree.fromstring(report).iter("testcase")) if report else []
+    problems = [case[0].get("message", "") for case in cases if len(case)]
+    note = problems[0].strip().split("\n")[0][:70] if problems else ""
+    if not report or code not in (0, 1):
+        note = f"stopped after {seconds:g} s" if code is None else "it ended the process"
+    return {"points": POINTS if code == 0 and cases and not problems else 0, "of": POINTS,
+            "passed": len(cases) - len(problems), "failed": len(problems), "note": note}
+
+
+def grade(source, seconds=60, exercises=EXERCISES):
+    """Yield (exercise, its result) in order, two at a time; a note alone if it is no module."""
+    note = why_not_imported(source, seconds)
+    nothing = {"points": 0, "of": POINTS, "passed": 0, "failed": 0, "note": note}
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda name: nothing if note else grade_exercise(source, seconds, name),
+                           exercises)
+        yield from zip(exercises, results)
+
+
+def grade_file(name, seconds, as_json):
+    """Print the table, line by line as it comes, or one JSON object; return the exit code."""
+    try:
+        source = Path(name).read_bytes()
+    except OSError as error:
+        print(f"test_hydra.py: cannot read {name}: {error.strerror}", file=sys.stderr)
+        return 2
+    results = {}
+    for exercise, result in grade(source, seconds):
+        results[exercise] = result
+        if not as_json:
+            print("{:20} {points:3} of {of}  {passed:3} passed {failed:3} failed  {note}".format(
+                exercise, **result).rstrip(), flush=True)
+    total = sum(result["points"] for result in results.values())
+    summary = {"total": total, "of": POINTS * len(results)}
+    print(json.dumps({"exercises": results, **summary}, indent=1) if as_json else
+          "{:20} {total:3} of {of}".format("total", **summary))
+    return 0
+
+
+def test_grading_gives_the_points_of_what_is_solved():
+    """One exercise solved; one that ends the process, which costs its own points only."""
+    solved, exits = EXERCISES[0], EXERCISES[7]
+    source = handout([name for name in EXERCISES if name != solved], "import os; os._exit(0)")
+    results = dict(grade(source.encode(), 120, [solved, exits]))
+    assert [results[name]["points"] for name in (solved, exits)] == [POINTS, 0]
+    assert results[solved]["passed"] > 0 and results[solved]["failed"] == 0
+    assert results[exits]["note"] == "it ended the process"
+
+
+@pytest.mark.parametrize("source, seconds, note", [
+    ("x = 1\ndef f(:\n", 60, "SyntaxError: invalid syntax (line 2)"),
+    ("exit()", 60, "it ends the process"), ("while True: pass", 1, "longer than 1 s")])
+def test_grading_of_a_file_that_cannot_be_imported(source, seconds, note):
+    ((_, result),) = grade(source.encode(), seconds, EXERCISES[:1])
+    assert result["points"] == 0 and result["note"].endswith(note)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py; "
+                                     "the tests themselves: pytest.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--handout", action="store_true", help="print hydra.py without the answers")
+    what.add_argument("--grade", metavar="FILE", help="print the points of a filled-in handout")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for an autograder")
+    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS",
+                        help="for each exercise, start-up included (default: 60)")
+    args = parser.parse_args()
+    if args.handout:
         print(handout(), end="")
-    else:
-        sys.exit("usage: python test_hydra.py --handout (the tests themselves: pytest)")
+        return 0
+    return grade_file(args.grade, args.timeout, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
