@@ -37,6 +37,7 @@ from functools import lru_cache, partial, wraps
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
@@ -1039,7 +1040,8 @@ def test_decode_loop_wide_padding_needs_no_more_room(side):
 
 def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
     alibi = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, alibi=True))
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4,
+        alibi=True))
     stateful = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
     narrow = base("mistral", sliding_window=8)
@@ -1334,6 +1336,57 @@ def test_models_read_and_write_the_released_format(arch, grounded, num_layers, t
     assert all(torch.equal(written[key], state[key]) for key in written)
 
 
+def write_vicuna(path):
+    """A tiny base in the files of lmsys/vicuna-7b-v1.3: .bin shards, old keys, tokenizer.model."""
+    path.mkdir()
+    text = "A chat between a curious user and an assistant. USER: What is a tree? ASSISTANT: wood"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 9), model_prefix=str(path / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    about = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(about))
+    model = base("llama", vocab_size=300, max_position_embeddings=2048, bos_token_id=1,
+                 eos_token_id=2, pad_token_id=0)
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(config))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (path / "generation_config.json").write_text(json.dumps(ids | {"temperature": 0.9}))
+    state = model.half().state_dict()
+    for layer in range(2):
+        state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    files = {key: f"pytorch_model-0000{1 + place % 2}-of-00002.bin"
+             for place, key in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({key: state[key] for key in state if files[key] == file}, path / file)
+    index = {"metadata": {}, "weight_map": files}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return model.float()
+
+
+def test_models_vicuna_as_it_lies_on_disk(tmp_path, capsys):
+    written = write_vicuna(tmp_path / "vicuna-7b-v1.3")
+    heads = tmp_path / "hydra-vicuna-7b-v1.3"
+    heads.mkdir()
+    write_released(heads, written)
+    args = ("--model", tmp_path / "vicuna-7b-v1.3", "--heads", heads, "--device", "cpu", "--prompt",
+            "What is a tree?", "--max-new-tokens", 24)
+    code, out, err = run_main(capsys, *args)
+    assert code == 0 and "identical to plain decoding" in err
+    model, _, tokenizer = hydra.load(str(tmp_path / "vicuna-7b-v1.3"), device="cpu")
+    assert torch.equal(model.lm_head.weight, written.lm_head.weight)  # both went through fp16
+    prompt = ("A chat between a curious user and an artificial intelligence assistant. The "
+              "assistant gives helpful, detailed, and polite answers to the user's questions. "
+              "USER: What is a tree? ASSISTANT:")
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids[0, 0] == 1
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                          max_new_tokens=24)[0, ids.shape[1]:]
+    assert out.strip() == tokenizer.decode(text, skip_special_tokens=True).strip()
+    raw = run_main(capsys, *args, "--raw")[1]
+    assert raw.startswith("What is a tree?") and raw != out
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda state: state.pop("hydra_lm_head.2.1.bias"), "hydra_lm_head.2.1.bias"),
     (lambda state: state.update(surplus=torch.ones(1)), "surplus"),
@@ -1446,7 +1499,7 @@ def test_command_line_colours_accepted_drafts(folder, monkeypatch, no_colour):
 
 
 def scripted_generate(real, model, heads, input_ids, *, streamer=None, tree=None, **options):
-    """A decode whose first token is " ", and whose one step accepts all tokens but the last, "he"."""
+    """A decode that writes " ", then in one step "tree of the"; its bonus token is "he"."""
     out = real(model, heads, input_ids, tree=tree, **options)
     if streamer:
         code = streamer.tokenizer
