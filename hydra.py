@@ -766,10 +766,9 @@ def search_tree(ranks, num_nodes):
 
 # ----------------------------------------------------------------------------------- 9 models
 
-VICUNA_PROMPT = (
-    "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the user's questions. "
-    "USER: {{ messages[0].content }} ASSISTANT:")
+VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions. \
+USER: {{ messages[0].content }} ASSISTANT:"""
 
 
 def load(name, heads=None, device=None, dtype=None):
@@ -944,7 +943,8 @@ def run(args):
     chats = [[{"role": "user", "content": text}] for text in prompts]
     texts = (tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
              if chat else prompts)
-    rows = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=not chat).input_ids]
+    bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
+    rows = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=bare).input_ids]
     input_ids, mask = (nn.utils.rnn.pad_sequence(part, True).to(model.device)
                        for part in (rows, [torch.ones_like(row) for row in rows]))
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
@@ -952,8 +952,8 @@ def run(args):
     options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
                **{name: getattr(args, name) for name in OPTIONS}}
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    streamer = (ColourStreamer if colour else transformers.TextStreamer)(
-        tokenizer, skip_prompt=chat, skip_special_tokens=True) if len(rows) == 1 else None
+    streamer = ColourStreamer if colour else transformers.TextStreamer
+    streamer = streamer(tokenizer, chat, skip_special_tokens=True) if len(rows) == 1 else None
     torch.manual_seed(args.seed)
     out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
     for text, tokens in zip(prompts, [] if streamer else out.new_tokens):
