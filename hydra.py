@@ -47,6 +47,7 @@ Contents: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance, 6 K
 loop, 8 training, 9 models, 10 command line. Read them in this order.
 """
 import copy
+import inspect
 import math
 import time
 from collections import Counter
@@ -126,7 +127,9 @@ class DraftHeads(nn.Module):
                                                   for part in (*drop, block))))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
-        self.to(model.device, model.dtype).eval()
+        self.to(model.device).eval()
+        for weight in self.parameters():  # but no buffer: RoPE's frequencies stay in fp32
+            weight.data = weight.data.to(model.dtype)
 
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (..., D) broadcasts to embeddings (..., i+1, D) -> (..., V)."""
@@ -154,8 +157,8 @@ def make_prefix_layer(model):
     layer = transformers.AutoModel.from_config(config)
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
     for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = model.config.num_hidden_layers  # 0 would be the base's own layer
+        for name in {"layer_idx", "layer_id"} & vars(module).keys():
+            setattr(module, name, model.config.num_hidden_layers)  # 0 is the base's own layer
     return layer
 
 
@@ -265,9 +268,8 @@ def tree_attention_mask(parents):
 def mask_behind_prefix(mask, length, num_slots, dtype):
     """Where the tree sits in the cache: (B, 1, T, S), what each of T tokens may see of each slot.
 
-    mask (T, T) bool; length (B,): committed slots of each row.  The tree occupies slots length ..
-    length + T - 1: before it lies the prefix, which all see, behind it free slots, which none
-    sees.  Additive, as attention takes it: 0, or the most negative number of dtype.
+    mask (T, T) bool; length (B,): committed slots.  The tree lies at length .. length + T - 1; all
+    see the prefix before it, none the free slots.  Additive: 0, or dtype's most negative number.
     """
     sights = F.pad(F.pad(mask, (1, 0), value=True), (0, 1), value=False)   # (T, 1 + T + 1)
     slots = torch.arange(num_slots, device=length.device)
@@ -353,8 +355,8 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
         p(token | its path) > min(epsilon, delta * exp(-H)),    H the entropy of p
 
     Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`; p
-    is the softmax of the parent's logits / temperature.  Among longest paths the likeliest wins,
-    the bonus token is the argmax: no random number is drawn.  Paper: 2 (as in Medusa).
+    is the softmax of the parent's logits / temperature.  Among longest paths the likeliest wins.
+    The bonus token is the argmax: nothing is drawn.  Paper: 2 (as in Medusa).
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)        # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -437,8 +439,8 @@ class Decoder:
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts up to their last token, which is the root of a first, plain step.
 
-        input_ids (B, T), attention_mask (B, T): 0 marks padding, on either side.  Returns what
-        `step` returns: each row's first token (B, 1), and ones (B,).
+        input_ids, attention_mask (B, T): 0 marks padding, on either side.  Returns each row's first
+        token (B, 1), and ones (B,), as `step` does.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
         if self.cuda_graph and self.graph is None:
@@ -459,10 +461,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self):
-        """One decode step: returns tokens (B, depth+1), and counts (B,), how many of them count.
-
-        Fixed shapes, state updated in place, nothing read by the host.
-        """
+        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,)."""
         if self.graph is None:
             return self.run(self.tree)
         self.graph.replay()
@@ -486,8 +485,8 @@ class Decoder:
     def read(self, tokens, depths, mask):
         """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
 
-        depths (T,), mask (T, T): how the tokens hang together, as a tree or as a chain.  Returns
-        the base's logits (B, T, V) and what the heads see (B, T, D).
+        depths (T,), mask (T, T): of a tree or a chain.  Returns the base's logits (B, T, V) and
+        what the heads see (B, T, D).
         """
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
@@ -522,11 +521,17 @@ def check_fit(model, heads, tree, max_context):
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
     require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
             f"{num_heads} draft heads: cut the tree or train more heads")
-    window = getattr(model.config, "sliding_window", None) or math.inf
+    windows = [getattr(model.config, name, None)
+               for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # its frequencies change there
+        windows.append(rope["original_max_position_embeddings"])
+    window = min(filter(None, windows), default=math.inf)
     require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
-    unfit = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
-             if getattr(model.config, what, False) or getattr(model, what, False)]
-    require(not unfit, f"{model.config.model_type} cannot read a tree: {', '.join(unfit)}")
+    odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
+           if getattr(model.config, what, False) or getattr(model, what, False)]
+    require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
+            f"{model.config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
     widest = max(tree.choices, key=lambda choice: choice[-1], default=[0])
     require(widest[-1] < base[0], f"choice {widest} asks for rank {widest[-1]} of {base[0]} tokens")
     limit = getattr(model.config, "max_position_embeddings", None) or max_context
@@ -568,18 +573,17 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
              attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
     """Decode with draft heads; greedy and sampling give what plain decoding gives.
 
-    input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, a list of
-    choices, or None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy",
-    "typical" or "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.
-    Each row stops exactly at EOS, after max_new_tokens, or when it holds max_context tokens
-    (default: as many as asked for, up to the model's longest).  streamer: of transformers, for
-    B = 1; it gets the prompt, then each step's tokens.  cuda_graph, compile: see Decoder.
-    Returns an Output; ValueError says which argument is bad.
+    input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
+    None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical" or
+    "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.  A row stops at
+    EOS, after max_new_tokens, or with max_context tokens (default: as many as are needed, up to the
+    model's longest).  streamer: of transformers, for B = 1; it gets the prompt, then each step's
+    tokens.  cuda_graph, compile: see Decoder.  Returns an Output; ValueError names a bad argument.
     """
     if tree is None and heads:
         tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
                                  and len(choice) <= heads.config.num_heads]
-    tree = tree if hasattr(tree, "paths") else build_tree(tree or [])
+    tree = tree if hasattr(tree, "paths") else build_tree([] if tree is None else tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
     require(mask.shape == input_ids.shape and min(lengths, default=0) > 0,
@@ -634,10 +638,8 @@ def generate_plain(model, input_ids, **options):
 # --------------------------------------------------------------------------------- 8 training
 import argparse  # these imports serve sections 8 to 10 only
 import hashlib
-import inspect
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -665,9 +667,9 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 
     Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
     token s = t + 2 + i.  lm loss: cross-entropy against token s; teacher loss: against the base's
-    distribution for s, which stands at s - 1.  hidden (B, T, D): what the heads see.  embeddings
-    (B, T, D), input_ids (B, T), base_logits (B, T, V): the text's.  labels (B, T): input_ids, or
-    -100 where a token does not count.  Returns (K,), means over what counts.  Paper: 3 and 4.
+    distribution for s, which stands at s - 1.  hidden: what the heads see, embeddings (B, T, D),
+    input_ids, labels (B, T): -100 where a token does not count, base_logits (B, T, V).
+    Returns (K,), each head's mean over what counts.  Paper: 3 and 4.
     """
     labels = input_ids if labels is None else labels
 
@@ -753,8 +755,8 @@ def fit(module, loss_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3,
 def search_tree(ranks, num_nodes):
     """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
 
-    ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it: the tree is
-    the num_nodes - 1 choices seen most often, smaller where fewer were seen.  Not in the paper.
+    ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it; returned are
+    the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, then smaller.
 
     >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
     [[0], [0, 0], [1]]
@@ -792,7 +794,7 @@ def load(name, heads=None, device=None, dtype=None):
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model.to(device).eval()
         return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
 
@@ -811,7 +813,7 @@ def load_heads(path_or_repo, model):
         file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
         file = {name: file[name] for name in file if not name.endswith(unused)}
         heads.load_state_dict(file)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # truncated, hostile, or of another shape
         raise ValueError(f"{path_or_repo} does not fit this base model: {error}") from error
     for name, tensor in heads.state_dict().items():  # a block used three times is there three times
         require(torch.equal(tensor.cpu(), file[name].to(tensor.dtype)),
@@ -826,9 +828,8 @@ def save_heads(heads, path):
     about = {"hydra_num_heads": heads.config.num_heads, "hydra_num_layers": heads.config.num_layers,
              "hydra_head_arch": "prefix-mlp" if heads.config.prefix_layer else "mlp",
              "grounded_heads": heads.config.grounded, "dropout_rate": heads.config.dropout,
-             "hidden_state_offset": 0, "base_model_name_or_path": heads.base_name}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+             "base_model_name_or_path": heads.base_name}
+    (path := Path(path)).mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(about, indent=1))
     (path / "tree.json").write_text(json.dumps(heads.choices))
     torch.save(heads.state_dict(), path / "hydra_lm_head.pt.part")
@@ -921,13 +922,13 @@ def closing_block(out, plain, phases, accept):
     """What a run showed, a figure a line."""
     grams = [tuple(row[k:k + 4]) for row in out.new_tokens for k in range(len(row) - 3)]
     counts = Counter(count for row in out.emitted for count in row)
-    rate, plain_rate = (sum(map(len, o.new_tokens)) / max(o.seconds, 1e-9) for o in (out, plain))
+    rate, base = ((sum(map(len, o.new_tokens)) or 1e-9) / (o.seconds or 1) for o in (out, plain))
     same = "identical to" if torch.equal(out.sequences, plain.sequences) else "differs from"
     return f"""
 tokens per step  {out.tokens_per_step:.2f} in {sum(counts.values())} steps; plain decoding: 1.00
 accepted drafts  {",  ".join(f"{count - 1}: {counts[count]} steps" for count in sorted(counts))}
 ms per step      draft {phases[0]:.2f} + verify {phases[1]:.2f} + accept and commit {phases[2]:.2f}
-tokens/s         {rate:.0f}; plain decoding: {plain_rate:.0f}; {rate / plain_rate:.2f} times as fast
+tokens/s         {rate:.0f}; plain decoding: {base:.0f}; {rate / base:.2f} times as fast
 text             {len(set(grams)) / max(len(grams), 1):.0%} of its 4-grams are distinct
 output           {"other draws than" if accept == "sampling" else same} plain decoding's"""
 
@@ -935,8 +936,6 @@ output           {"other draws than" if accept == "sampling" else same} plain de
 def run(args):
     """Stream the text to standard output, the closing block to standard error; the exit code."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
-    if heads is None:
-        print("hydra.py: no draft heads, so plain decoding; --heads names some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
     prompts = args.prompt or ["What can I learn from trees?" if chat else "The for statement"]
     prompts = [sys.stdin.read() if text == "-" else text for text in prompts]
@@ -960,7 +959,8 @@ def run(args):
         print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
-    decoder = Decoder(model, heads, out.tree, len(rows), out.sequences.shape[1], cuda_graph=False)
+    longest = max(len(row) + len(new) for row, new in zip(rows, out.new_tokens))
+    decoder = Decoder(model, heads, out.tree, len(rows), longest, cuda_graph=False)
     phases = time_phases(decoder, input_ids, mask)
     print(closing_block(out, plain, phases, args.accept), file=sys.stderr)
     return 0

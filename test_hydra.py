@@ -8,8 +8,8 @@
     HYDRA=my_solution HYDRA_REF=hydra pytest           every exercise graded alone: whatever else
                                                        a test calls comes from hydra.py
     python test_hydra.py --handout > my_solution.py    hydra.py with the exercises left blank
-    python test_hydra.py --grade my_solution.py        points for each exercise, and a total;
-                                                       --json for an autograder
+    python test_hydra.py --grade my_solution.py        10 points for each exercise that passes
+                                                       all of its tests; --json prints JSON
 
 An exercise's tests carry its name. Expected values come from literals, from slow loops written
 straight from the definitions, and from `model.generate`, never from the function under test.
@@ -1044,12 +1044,40 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
         alibi=True))
     stateful = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
+    mpt = transformers.AutoModelForCausalLM.from_config(transformers.MptConfig(
+        vocab_size=VOCAB, d_model=WIDTH, n_layers=1, n_heads=4, max_seq_len=64))  # ALiBi inside
     narrow = base("mistral", sliding_window=8)
-    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (narrow, "window of 8")):
+    scaled = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, rope_parameters=dict(
+            rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+            original_max_position_embeddings=10)))
+    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
+                           (narrow, "window of 8"), (scaled, "window of 10")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
     assert hydra.generate_plain(narrow, ids, max_new_tokens=3).sequences.shape == (1, 7)
+
+
+def test_decode_loop_prefix_layer_keeps_off_the_layers_of_gpt_neo():
+    model = transformers.AutoModelForCausalLM.from_config(transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=2, num_heads=4, window_size=LIMIT * 2,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=LIMIT,
+        initializer_range=0.5)).eval()
+    prompt = random_prompts(7, 5)[0]
+    ids = torch.tensor([prompt])
+    output = hydra.generate(model, make_heads("hydra++", model), ids, max_new_tokens=12)
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                           max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(output.sequences, plain)
+
+
+def test_draft_heads_in_half_precision_keep_the_frequencies_of_their_positions():
+    model = base("llama", torch.bfloat16)
+    heads = make_heads("hydra++", model)
+    assert heads.prefix_embeding_layer.rotary_emb.inv_freq.dtype == torch.float32
+    assert {weight.dtype for weight in heads.parameters()} == {torch.bfloat16}
 
 
 def test_decode_loop_outside_of_generate_keeps_no_autograd_graph():
@@ -1457,6 +1485,13 @@ def test_command_line_streams_text_and_closes_with_figures(folder, capsys):
     assert plain[1] == out and "tokens per step  1.00" in plain[2]
 
 
+def test_command_line_with_nothing_to_add_and_at_the_end_of_the_context(folder, capsys):
+    common = ("--model", folder, "--heads", folder / "heads", "--device", "cpu")
+    assert run_main(capsys, *common, "--prompt", "the", "--max-new-tokens", 0)[0] == 0
+    code, _, err = run_main(capsys, *common, "--max-context", 20, "--prompt", "of the tokens", "t")
+    assert code == 0 and "identical" in err
+
+
 def test_command_line_batch_and_trees(folder, capsys, tmp_path):
     tree = tmp_path / "tree.json"
     tree.write_text("[[0], [0, 1]]")
@@ -1512,9 +1547,10 @@ def scripted_generate(real, model, heads, input_ids, *, streamer=None, tree=None
 
 
 def test_command_line_in_a_pipe_is_plain_and_repeatable(folder):
-    command = [sys.executable, hydra.__file__, "--model", str(folder), "--heads",
-               str(folder / "heads"), "--device", "cpu", "--prompt", "-", "--max-new-tokens", "12",
-               "--accept", "sampling", "--temperature", "0.8", "--seed"]
+    script = (reference or hydra).__file__  # the exercises cannot be replaced in another process
+    command = [sys.executable, script, "--model", str(folder), "--heads", str(folder / "heads"),
+               "--device", "cpu", "--prompt", "-", "--max-new-tokens", "12", "--accept", "sampling",
+               "--temperature", "0.8", "--seed"]
     one, same, other = (subprocess.run([*command, seed], input="the tree", text=True,
                                        capture_output=True, check=True).stdout
                         for seed in ("1", "1", "2"))
@@ -1587,48 +1623,51 @@ def why_not_imported(source, seconds):
     return "cannot be imported: " + why + (f" (line {lines[-1]})" if lines else "")
 
 
+def result(points=0, passed=0, failed=0, note=""):
+    return {"points": points, "of": POINTS, "passed": passed, "failed": failed, "note": note}
+
+
 def grade_exercise(source, seconds, name):
-    """Points of one exercise: its tests, all else from the reference, in a process of their own."""
+    """The result of one exercise: its tests in their own process, all else from the reference."""
     here = Path(__file__).resolve()
     code, _, report = run_submission(
         source, seconds, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", here.parent,
         "--junitxml", "report.xml", "-k", name, here)
-    cases = list(ElementTree.fromstring(report).iter("testcase")) if report else []
+    if not report or code not in (0, 1):  # pytest could not finish
+        return result(note=f"stopped after {seconds:g} s" if code is None else
+                      "it ended the process")
+    cases = list(ElementTree.fromstring(report).iter("testcase"))
     problems = [case[0].get("message", "") for case in cases if len(case)]
-    note = problems[0].strip().split("\n")[0][:70] if problems else ""
-    if not report or code not in (0, 1):
-        note = f"stopped after {seconds:g} s" if code is None else "it ended the process"
-    return {"points": POINTS if code == 0 and cases and not problems else 0, "of": POINTS,
-            "passed": len(cases) - len(problems), "failed": len(problems), "note": note}
+    solved, note = code == 0 and not problems, [*problems, ""][0].strip().split("\n")[0][:70]
+    return result(POINTS * solved, len(cases) - len(problems), len(problems), note)
 
 
-def grade(source, seconds=60, exercises=EXERCISES):
-    """Yield (exercise, its result) in order, two at a time; a note alone if it is no module."""
-    note = why_not_imported(source, seconds)
-    nothing = {"points": 0, "of": POINTS, "passed": 0, "failed": 0, "note": note}
+def grade(source, seconds, exercises):
+    """Yield (exercise, its result) in order; two are graded at a time."""
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda name: nothing if note else grade_exercise(source, seconds, name),
-                           exercises)
-        yield from zip(exercises, results)
+        yield from zip(exercises, pool.map(partial(grade_exercise, source, seconds), exercises))
 
 
 def grade_file(name, seconds, as_json):
-    """Print the table, line by line as it comes, or one JSON object; return the exit code."""
+    """Print the results as a table, line by line as they come, or as JSON; the exit code."""
     try:
         source = Path(name).read_bytes()
     except OSError as error:
         print(f"test_hydra.py: cannot read {name}: {error.strerror}", file=sys.stderr)
         return 2
-    results = {}
-    for exercise, result in grade(source, seconds):
-        results[exercise] = result
-        if not as_json:
-            print("{:20} {points:3} of {of}  {passed:3} passed {failed:3} failed  {note}".format(
-                exercise, **result).rstrip(), flush=True)
-    total = sum(result["points"] for result in results.values())
-    summary = {"total": total, "of": POINTS * len(results)}
-    print(json.dumps({"exercises": results, **summary}, indent=1) if as_json else
-          "{:20} {total:3} of {of}".format("total", **summary))
+    show = (lambda *args: None) if as_json else partial(print, flush=True)
+    note = why_not_imported(source, seconds)
+    results = {exercise: result(note=note) for exercise in EXERCISES}
+    if note:
+        show(name, note)
+    for exercise, one in () if note else grade(source, seconds, EXERCISES):
+        results[exercise] = one
+        show("{:20} {points:3} of {of}  {passed:3} passed {failed:3} failed  {note}".format(
+            exercise, **one).rstrip())
+    total, most = sum(one["points"] for one in results.values()), POINTS * len(EXERCISES)
+    show(f"{'total':20} {total:3} of {most}")
+    if as_json:
+        print(json.dumps({"exercises": results, "total": total, "of": most}, indent=1))
     return 0
 
 
@@ -1637,17 +1676,16 @@ def test_grading_gives_the_points_of_what_is_solved():
     solved, exits = EXERCISES[0], EXERCISES[7]
     source = handout([name for name in EXERCISES if name != solved], "import os; os._exit(0)")
     results = dict(grade(source.encode(), 120, [solved, exits]))
-    assert [results[name]["points"] for name in (solved, exits)] == [POINTS, 0]
-    assert results[solved]["passed"] > 0 and results[solved]["failed"] == 0
-    assert results[exits]["note"] == "it ended the process"
+    assert results[solved]["points"] == POINTS and results[solved]["passed"] > 0
+    assert results[exits] == result(note="it ended the process")
 
 
 @pytest.mark.parametrize("source, seconds, note", [
     ("x = 1\ndef f(:\n", 60, "SyntaxError: invalid syntax (line 2)"),
     ("exit()", 60, "it ends the process"), ("while True: pass", 1, "longer than 1 s")])
-def test_grading_of_a_file_that_cannot_be_imported(source, seconds, note):
-    ((_, result),) = grade(source.encode(), seconds, EXERCISES[:1])
-    assert result["points"] == 0 and result["note"].endswith(note)
+def test_grading_says_why_a_file_cannot_be_imported(source, seconds, note):
+    why = why_not_imported(source.encode(), seconds)
+    assert why.startswith("cannot be imported: ") and why.endswith(note) and "\n" not in why
 
 
 def main():
