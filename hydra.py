@@ -756,7 +756,7 @@ def search_tree(ranks, num_nodes):
     """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
 
     ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it; returned are
-    the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, then smaller.
+    the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, smaller.
 
     >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
     [[0], [0, 0], [1]]
