@@ -435,7 +435,7 @@ class Decoder:
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
         self.graph = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts up to their last token, which is the root of a first, plain step.
 
@@ -459,7 +459,7 @@ class Decoder:
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         return self.advance(build_tree([]).to(tokens.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self):
         """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,)."""
         if self.graph is None:
