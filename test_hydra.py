@@ -1546,15 +1546,18 @@ def scripted_generate(real, model, heads, input_ids, *, streamer=None, tree=None
     return out
 
 
-def test_command_line_in_a_pipe_is_plain_and_repeatable(folder):
+def test_command_line_in_a_pipe_is_plain_and_repeatable(folder, capsys, monkeypatch):
     script = (reference or hydra).__file__  # the exercises cannot be replaced in another process
-    command = [sys.executable, script, "--model", str(folder), "--heads", str(folder / "heads"),
-               "--device", "cpu", "--prompt", "-", "--max-new-tokens", "12", "--accept", "sampling",
-               "--temperature", "0.8", "--seed"]
-    one, same, other = (subprocess.run([*command, seed], input="the tree", text=True,
-                                       capture_output=True, check=True).stdout
-                        for seed in ("1", "1", "2"))
-    assert one == same != other and one.startswith("the tree") and "\033" not in one
+    args = ["--model", str(folder), "--heads", str(folder / "heads"), "--device", "cpu", "--prompt",
+            "-", "--max-new-tokens", "12", "--accept", "sampling", "--temperature", "0.8", "--seed"]
+    piped = subprocess.run([sys.executable, script, *args, "1"], input="the tree", text=True,
+                           capture_output=True, check=True).stdout
+    assert piped.startswith("the tree") and "\033" not in piped
+    texts = []
+    for seed in "12":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the tree"))
+        texts.append(run_main(capsys, *args, seed)[1])
+    assert texts[0] == piped != texts[1]
 
 
 # ------------------------------------------------------------------------- the file as a whole
