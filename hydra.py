@@ -111,7 +111,7 @@ class DraftHeads(nn.Module):
         self.config, self.base_name = config, model.config.name_or_path
         self.choices = None  # the tree these heads draft best, where one has been searched
         self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()
-        self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)
+        self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)  # V, D
         for i in range(config.num_heads):
             # subtle: all blocks after the first are one module, used again and again; without
             # grounding even the first is that module. The released heads were trained so.
@@ -121,7 +121,7 @@ class DraftHeads(nn.Module):
             lm_head = nn.Linear(width, vocab)
             nn.init.zeros_(lm_head.bias)
             lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
-            # as released: only Hydra++ has dropout, and there it counts as a layer
+            # names as released; there only Hydra++ has dropout, and it counts as a layer
             drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
             self.hydra_mlp.append(nn.Sequential(*(part for block in blocks
                                                   for part in (*drop, block))))
@@ -232,7 +232,7 @@ def build_tree(choices):
     depths = [len(path) - 1 for path in paths]
     paths = [path + path[-1:] * (depths[-1] + 1 - len(path)) for path in paths]  # equally long
     parents, depths, ranks, paths = map(torch.tensor, (parents, depths, ranks, paths))
-    return Tree(choices, parents, depths, ranks, paths, tree_attention_mask(parents))
+    return Tree(choices, parents, depths, ranks, paths, tree_attention_mask(parents))  # see 3
 
 
 def require(condition, message):
@@ -290,10 +290,10 @@ def draft_tree(heads, tree, root, hidden, embed):
     """
     tokens = root[:, None]                                             # (B, 1)
     for depth, (paths, place, rank) in enumerate(tree.levels):
-        logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n, V)
-        guesses = logits.topk(tree.width).indices                      # (B, n, width), best first
+        logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n or 1, V)
+        guesses = logits.topk(tree.width).indices                      # (B, n or 1, width)
         # Medusa's heads read no tokens: they make one row of guesses, which all n nodes share
-        guesses = guesses.expand(-1, len(paths), -1)
+        guesses = guesses.expand(-1, len(paths), -1)                   # (B, n, width), best first
         tokens = torch.cat([tokens, guesses[:, place, rank]], dim=1)   # (B, nodes so far)
     return tokens
 
@@ -465,7 +465,7 @@ class Decoder:
         if self.graph is None:
             return self.run(self.tree)
         self.graph.replay()
-        return self.emitted
+        return self.result
 
     def capture(self):
         """Record one step as a CUDA graph; its warm-up spoils the state, so prefill comes after."""
@@ -475,7 +475,7 @@ class Decoder:
                 self.run(self.tree)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.emitted = self.run(self.tree)
+            self.result = self.run(self.tree)
 
     def advance(self, tree):
         """Draft, verify, accept and commit."""
@@ -508,7 +508,7 @@ class Decoder:
         self.length.add_((accepted + 1) * self.active).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
-        # what the step emits: the path below the root, then the bonus token
+        # root d1 d2 d2 -> d1 d2 d2 root; the bonus token goes in behind the accepted drafts
         emitted = tokens.gather(1, path).roll(-1, dims=1)
         return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
 
