@@ -373,22 +373,23 @@ class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T); everything further is scratch.  The prefix layer is one more layer.
+    it, at `slots` (B, T), and reads the first `live` slots; everything else is scratch.  The prefix
+    layer is one more layer.
     """
 
     def __init__(self, num_slots):
         super().__init__(layers=[])
-        self.num_slots, self.slots = num_slots, None
+        self.num_slots, self.live, self.slots = num_slots, num_slots, None
         self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
 
     def update(self, key, value, layer_idx, *_, **__):
-        """Write key and value (B, H, T, Dh) at `slots`; return all slots of that layer."""
+        """Write key and value (B, H, T, Dh) at `slots`; return that layer's live slots."""
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
             self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
                                   for new in (key, value)]
         for stored, new in zip(self.kv[layer_idx], (key, value)):
             stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return self.kv[layer_idx]
+        return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
 
 
 def commit_path(kv, length, path):
@@ -431,9 +432,12 @@ class Decoder:
         self.active = torch.ones_like(self.length)      # (B,) 0 once a row has finished
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=model.device)  # (B, D) what the heads see
-        self.run = torch.compile(self.advance, fullgraph=True) if compile else self.advance
+        self.run = self.advance
+        if compile:
+            torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
+            self.run = torch.compile(self.advance, fullgraph=True, dynamic=False)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.graph = None
+        self.steps = {}  # by the number of live slots: what runs a step, perhaps a CUDA graph
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -443,8 +447,6 @@ class Decoder:
         token (B, 1), and ones (B,), as `step` does.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        if self.cuda_graph and self.graph is None:
-            self.capture()
         # padding moves to the right, so that every row starts at slot 0; what padding writes lies
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
@@ -453,45 +455,64 @@ class Decoder:
             chunk = tokens[:, start:-1][:, :512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(start)
-            self.read(chunk, places, places[:, None] >= places)
+            self.read(chunk, places, places[:, None] >= places, start + chunk.shape[1])
         self.active.fill_(1)
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
-        return self.advance(build_tree([]).to(tokens.device))
+        return self.advance(build_tree([]).to(tokens.device), tokens.shape[1])
 
     @torch.no_grad()
-    def step(self):
-        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,)."""
-        if self.graph is None:
-            return self.run(self.tree)
-        self.graph.replay()
-        return self.result
+    def step(self, longest=None):
+        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,).
 
-    def capture(self):
-        """Record one step as a CUDA graph; its warm-up spoils the state, so prefill comes after."""
+        longest: how many tokens the longest row has, if the host knows; then attention reads that
+        many slots, rounded up to a power of two, and not the whole cache.
+        """
+        return self.ready(longest)()
+
+    @torch.no_grad()
+    def ready(self, longest=None):
+        """What runs a step for such a length; on CUDA recorded when it is first asked for."""
+        live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
+        live = min(max(live, 256), self.cache.num_slots)
+        if live not in self.steps:
+            self.steps[live] = (self.record if self.cuda_graph else partial)(self.run, self.tree, live)
+        return self.steps[live]
+
+    def record(self, run, tree, live):
+        """A CUDA graph of the step.  The warm-up commits nothing that counts: state is put back."""
+        state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
-                self.run(self.tree)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.run(self.tree)
+                run(tree, live)
+            for held, before in state:
+                held.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run(tree, live)
 
-    def advance(self, tree):
+        def replay():
+            graph.replay()
+            return result
+        return replay
+
+    def advance(self, tree, live):
         """Draft, verify, accept and commit."""
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)
-        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask), tree)
+        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask, live), tree)
 
-    def read(self, tokens, depths, mask):
+    def read(self, tokens, depths, mask, live=None):
         """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
 
-        depths (T,), mask (T, T): of a tree or a chain.  Returns the base's logits (B, T, V) and
-        what the heads see (B, T, D).
+        depths (T,), mask (T, T): of a tree or a chain.  live: how many slots attention reads.
+        Returns the base's logits (B, T, V) and what the heads see (B, T, D).
         """
+        self.cache.live = live or self.cache.num_slots
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
-        mask = mask_behind_prefix(mask, self.length, self.cache.num_slots, self.model.dtype)
+        mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
                      use_cache=True)
@@ -570,7 +591,8 @@ class Output:
 @torch.inference_mode()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
              delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None,
-             attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
+             attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False,
+             decoder=None):
     """Decode with draft heads; greedy and sampling give what plain decoding gives.
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
@@ -578,7 +600,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.  A row stops at
     EOS, after max_new_tokens, or with max_context tokens (default: as many as are needed, up to the
     model's longest).  streamer: of transformers, for B = 1; it gets the prompt, then each step's
-    tokens.  cuda_graph, compile: see Decoder.  Returns an Output; ValueError names a bad argument.
+    tokens.  cuda_graph, compile: see Decoder.  decoder: one for as many rows, to be used again; its
+    tree, acceptance and context hold.  Returns an Output; ValueError names a bad argument.
     """
     if tree is None and heads:
         tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
@@ -591,12 +614,13 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    max_context = max_context or min(limit, max(lengths) + max_new_tokens)
+    max_context = (decoder.max_context if decoder else
+                   max_context or min(limit, max(lengths) + max_new_tokens))
     require(max(lengths) <= max_context, f"the prompt has {max(lengths)} tokens but the context "
             f"holds {max_context}: shorten it")
     accept = choose_acceptance(accept, temperature, epsilon, delta)
-    decoder = Decoder(model, heads, tree, len(lengths), max_context, accept,
-                      cuda_graph=cuda_graph, compile=compile)
+    decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, accept,
+                                 cuda_graph=cuda_graph, compile=compile)
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     room = [min(max_new_tokens, max_context - length) for length in lengths]
     new, emitted = [[] for _ in lengths], [[] for _ in lengths]
@@ -604,6 +628,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if streamer:
         streamer.put(input_ids.cpu())
     result = decoder.prefill(input_ids, mask) if running else None
+    decoder.ready(max(lengths) + 1)
     decoder.root.tolist()  # a GPU may still be at the prefill, which is not timed
     start = time.perf_counter()
     while running:
@@ -619,7 +644,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
                 decoder.active[row] = 0
         running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
         if running:
-            result = decoder.step()
+            result = decoder.step(max(lengths) + max(map(len, new)))
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()
