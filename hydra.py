@@ -42,14 +42,11 @@ number of tokens, CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i predicts token t + 2 + i.
-Contents: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode
-loop, 8 training, 9 models, 10 command line. Read them in this order.
+position t predicts token t + 1, head i predicts token t + 2 + i. Contents: 1 draft heads, 2 tree,
+3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode loop, 8 training, 9 models, 10
+command line.
 """
-import copy
-import inspect
-import math
-import time
+import copy, inspect, math, time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +68,6 @@ class HydraConfig:
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
     dropout: float = 0.0        # Hydra++ in training: before every block and every lm_head
 
-
 def head_input(hidden, embeddings):
     """The paper's idea in one line: a head sees the hidden state *and* the tokens guessed so far.
 
@@ -83,7 +79,6 @@ def head_input(hidden, embeddings):
     tensor([1., 2., 3., 4., 5., 6.])
     """
     return torch.cat([hidden, embeddings.flatten(-2)], dim=-1)
-
 
 class ResBlock(nn.Module):
     """y = R(x) + SiLU(W x + b), W zero at first; R projects (i+2)*D to D, or is the identity."""
@@ -97,7 +92,6 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         return self.res_connection(x) + F.silu(self.linear(x))
-
 
 class DraftHeads(nn.Module):
     """K draft heads for one base model, and the prefix layer if there is one.
@@ -127,9 +121,7 @@ class DraftHeads(nn.Module):
                                                   for part in (*drop, block))))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
-        self.to(model.device).eval()
-        for weight in self.parameters():  # but no buffer: RoPE's frequencies stay in fp32
-            weight.data = weight.data.to(model.dtype)
+        set_dtype(self.to(model.device).eval(), model.dtype)
 
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (..., D) broadcasts to embeddings (..., i+1, D) -> (..., V)."""
@@ -143,6 +135,10 @@ class DraftHeads(nn.Module):
             return hidden
         return self.prefix_embeding_layer(inputs_embeds=hidden, **where).last_hidden_state
 
+def set_dtype(module, dtype):
+    """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
 
 def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
@@ -169,7 +165,6 @@ MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
     (): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1,
     (9,): 1, (0, 0): 10, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1,
     (0, 7): 1, (1, 0): 2, (2, 0): 1, (0, 0, 0): 2}.items() for rank in range(count)]
-
 
 @dataclass(eq=False)
 class Tree:
@@ -200,7 +195,6 @@ class Tree:
             setattr(moved, name, getattr(self, name).to(device))
         moved.levels = [[part.to(device) for part in level] for level in self.levels]
         return moved
-
 
 def build_tree(choices):
     """From a list of choices to a Tree.
@@ -234,7 +228,6 @@ def build_tree(choices):
     parents, depths, ranks, paths = map(torch.tensor, (parents, depths, ranks, paths))
     return Tree(choices, parents, depths, ranks, paths, tree_attention_mask(parents))  # see 3
 
-
 def require(condition, message):
     """Raise ValueError: every bad input ends here, with one line that says what to do."""
     if not condition:
@@ -263,7 +256,6 @@ def tree_attention_mask(parents):
     for node, parent in enumerate(parents.tolist()):
         mask[node] |= mask[parent]  # what my parent sees, and myself
     return mask
-
 
 def mask_behind_prefix(mask, length, num_slots, dtype):
     """Where the tree sits in the cache: (B, 1, T, S), what each of T tokens may see of each slot.
@@ -321,21 +313,15 @@ def longest_accepted_path(passes, tree, score=None):
     path_score = torch.where(tree.mask & (tree.depths > 0), score[:, None], 0).sum(-1)
     return torch.where(longest, path_score, -torch.inf).argmax(-1)
 
-
-def follow(wanted, tokens, tree):
-    """The deepest node whose path is what the base wants, wanted (B, N), and its own wish (B,)."""
-    node = longest_accepted_path(tokens == wanted[:, tree.parents], tree)
-    return node, wanted.gather(1, node[:, None])[:, 0]
-
-
 def accept_greedy(tokens, logits, tree):
     """Accept what plain greedy decoding would have written: a token passes when it is the argmax.
 
     tokens (B, N), logits (B, N, V): the base's logits at every node.  Returns node (B,), the last
     accepted one, and next_token (B,), the base's own choice after it.  Paper: 2.
     """
-    return follow(logits.argmax(-1), tokens, tree)
-
+    wanted = logits.argmax(-1)                                         # (B, N)
+    node = longest_accepted_path(tokens == wanted[:, tree.parents], tree)
+    return node, wanted.gather(1, node[:, None])[:, 0]
 
 def accept_sampling(tokens, logits, tree, temperature):
     """Exact sampling (not in the paper): draw the base's token at each node, follow the draws.
@@ -346,8 +332,7 @@ def accept_sampling(tokens, logits, tree, temperature):
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     # subtle: argmax of p / e with e ~ Exponential(1) is a draw from p, without asking the host
-    return follow((probs / torch.empty_like(probs).exponential_()).argmax(-1), tokens, tree)
-
+    return accept_greedy(tokens, probs / torch.empty_like(probs).exponential_(), tree)
 
 def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     """Typical acceptance: a token passes when it is likely enough, so text may leave plain greedy.
@@ -391,7 +376,6 @@ class TreeCache(transformers.Cache):
             stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
         return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
 
-
 def commit_path(kv, length, path):
     """Move the accepted path's rows to the end of the committed prefix, in place.
 
@@ -424,20 +408,17 @@ class Decoder:
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.tree = model, heads, tree.to(model.device)
         self.accept = accept or accept_greedy
-        self.embed = model.get_input_embeddings()
-        self.max_context = max_context
+        self.embed, self.max_context = model.get_input_embeddings(), max_context
         self.cache = TreeCache(max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)       # (B,) chosen, not yet committed
-        self.active = torch.ones_like(self.length)      # (B,) 0 once a row has finished
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=model.device)  # (B, D) what the heads see
-        self.run = self.advance
+        self.run, self.steps = self.advance, {}  # by live slots: what runs a step
         if compile:
             torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
             self.run = torch.compile(self.advance, fullgraph=True, dynamic=False)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.steps = {}  # by the number of live slots: what runs a step, perhaps a CUDA graph
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -456,7 +437,6 @@ class Decoder:
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(start)
             self.read(chunk, places, places[:, None] >= places, start + chunk.shape[1])
-        self.active.fill_(1)
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         return self.advance(build_tree([]).to(tokens.device), tokens.shape[1])
@@ -472,11 +452,12 @@ class Decoder:
 
     @torch.no_grad()
     def ready(self, longest=None):
-        """What runs a step for such a length; on CUDA recorded when it is first asked for."""
+        """What runs a step for rows of that length; on CUDA recorded when first asked for."""
         live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
         live = min(max(live, 256), self.cache.num_slots)
         if live not in self.steps:
-            self.steps[live] = (self.record if self.cuda_graph else partial)(self.run, self.tree, live)
+            self.steps[live] = (self.record if self.cuda_graph else partial)(self.run, self.tree,
+                                                                             live)
         return self.steps[live]
 
     def record(self, run, tree, live):
@@ -526,39 +507,42 @@ class Decoder:
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
         for kv in sum(self.cache.kv.values(), []):
             commit_path(kv, self.length, path)
-        self.length.add_((accepted + 1) * self.active).clamp_(max=self.max_context)
+        self.length.add_(accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
         # root d1 d2 d2 -> d1 d2 d2 root; the bonus token goes in behind the accepted drafts
         emitted = tokens.gather(1, path).roll(-1, dims=1)
         return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
 
+def usual_choices(heads):
+    """The released tree as far as these heads and their vocabulary reach."""
+    return [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
+            and len(choice) <= heads.config.num_heads]
 
 def check_fit(model, heads, tree, max_context):
     """Raise ValueError when the tree asks for more than heads and vocabulary have, and the like."""
-    num_heads, depth = heads.config.num_heads if heads else 0, tree.paths.shape[1] - 1
+    config, depth = model.config, tree.paths.shape[1] - 1
     base = tuple(model.get_output_embeddings().weight.shape)
-    own = heads.shape if heads else base
+    own, num_heads = (heads.shape, heads.config.num_heads) if heads else (base, 0)
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
     require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
             f"{num_heads} draft heads: cut the tree or train more heads")
-    windows = [getattr(model.config, name, None)
+    windows = [getattr(config, name, None)
                for name in ("sliding_window", "attention_chunk_size", "window_size")]
-    rope = getattr(model.config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # its frequencies change there
         windows.append(rope["original_max_position_embeddings"])
     window = min(filter(None, windows), default=math.inf)
     require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
     odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
-           if getattr(model.config, what, False) or getattr(model, what, False)]
+           if getattr(config, what, False) or getattr(model, what, False)]
     require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
-            f"{model.config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
+            f"{config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
     widest = max(tree.choices, key=lambda choice: choice[-1], default=[0])
     require(widest[-1] < base[0], f"choice {widest} asks for rank {widest[-1]} of {base[0]} tokens")
-    limit = getattr(model.config, "max_position_embeddings", None) or max_context
+    limit = getattr(config, "max_position_embeddings", None) or max_context
     require(0 < max_context <= limit,
             f"max_context must lie between 1 and the model's {limit}, not at {max_context}")
-
 
 def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance function of that name, its settings filled in."""
@@ -571,7 +555,6 @@ def choose_acceptance(name, temperature, epsilon, delta):
                                 delta=delta)}
     require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
     return accept_greedy if temperature == 0 else rules[name]
-
 
 @dataclass
 class Output:
@@ -586,7 +569,6 @@ class Output:
     def tokens_per_step(self):
         """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
         return sum(map(sum, self.emitted)) / max(sum(map(len, self.emitted)), 1)
-
 
 @torch.inference_mode()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
@@ -603,10 +585,9 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tokens.  cuda_graph, compile: see Decoder.  decoder: one for as many rows, to be used again; its
     tree, acceptance and context hold.  Returns an Output; ValueError names a bad argument.
     """
-    if tree is None and heads:
-        tree = heads.choices or [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
-                                 and len(choice) <= heads.config.num_heads]
-    tree = tree if hasattr(tree, "paths") else build_tree([] if tree is None else tree)
+    if tree is None:
+        tree = decoder.tree if decoder else (heads.choices or usual_choices(heads)) if heads else []
+    tree = tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
     require(mask.shape == input_ids.shape and min(lengths, default=0) > 0,
@@ -640,8 +621,6 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
             new[row] += fresh[:stop]
             if streamer:
                 streamer.put(torch.tensor(fresh[:stop]))
-            if stop or len(new[row]) == room[row]:
-                decoder.active[row] = 0
         running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
         if running:
             result = decoder.step(max(lengths) + max(map(len, new)))
@@ -654,21 +633,13 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
                   [steps[1:] for steps in emitted], new, seconds)
 
-
 def generate_plain(model, input_ids, **options):
     """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
     return generate(model, None, input_ids, tree=[], **options)
 
 
 # --------------------------------------------------------------------------------- 8 training
-import argparse  # these imports serve sections 8 to 10 only
-import hashlib
-import json
-import os
-import re
-import shutil
-import sys
-import tempfile
+import argparse, contextlib, hashlib, json, os, random, re, sys, sysconfig, tempfile  # from here on
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -677,6 +648,10 @@ from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+KINDS = {  # the paper's recipes: what the heads are, and which losses they learn from
+    "medusa": (dict(grounded=False), {}),
+    "hydra": ({}, {}),
+    "hydra++": (dict(num_layers=4, prefix_layer=True), dict(lm_weight=0.0, teacher_weight=1.0))}
 
 def read_base(model, heads, input_ids):
     """What training needs of input_ids (B, T): what the heads see, embeddings, base logits."""
@@ -684,7 +659,6 @@ def read_base(model, heads, input_ids):
         out = model(input_ids, output_hidden_states=True, use_cache=False)
         embeddings = model.get_input_embeddings()(input_ids)
     return heads.read_prefix(out.hidden_states[-1]), embeddings, out.logits
-
 
 def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *, lm_weight=1.0,
                 teacher_weight=0.0):
@@ -712,6 +686,57 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
     return torch.stack([checkpoint(loss, i, use_reentrant=False)
                         for i in range(heads.config.num_heads)])
 
+def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
+    """Train draft heads on a text, token_ids (M,); the base model stays as it is.
+
+    options: as for `fit`, at least steps.  Returns the history: each logged step's losses, a list
+    of K for every head.  Paper: 3, 4.
+    """
+    def losses(ids, labels):
+        hidden, embeddings, logits = read_base(model, heads, ids)
+        return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
+                           teacher_weight=teacher_weight)
+    return fit(heads, losses, token_ids, **options)
+
+def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, labels=None,
+        final_lr=0.33, title="", keep=lambda: None):
+    """Minimise the sum of losses_of(ids, labels) over random windows (batch_size, seq_len).
+
+    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW on fp32
+    weights, bf16 autocast on CUDA, warm-up, cosine to final_lr * lr, gradients clipped at norm 1.
+    keep(): called now and then, at the end, on Ctrl-C.  Returns the losses of every 25th step.
+    """
+    require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
+    parameters, history = list(module.parameters()), []
+    dtype, device = parameters[0].dtype, parameters[0].device.type
+    set_dtype(module.train(), torch.float32)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
+    schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)
+    chance = torch.Generator().manual_seed(0)
+    bar = tqdm(range(steps), title, unit="token", unit_scale=batch_size * seq_len, disable=None)
+    try:
+        for step in bar:
+            start = torch.randint(len(token_ids) - seq_len + 1, (batch_size, 1), generator=chance)
+            window = start + torch.arange(seq_len)
+            ids, wanted = (text[window].long().to(device)
+                           for text in (token_ids, token_ids if labels is None else labels))
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                losses = losses_of(ids, wanted)
+            optimizer.zero_grad()
+            losses.sum().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 25 == 0 or step == steps - 1:
+                history.append(losses.tolist())
+                bar.set_postfix(loss=history[-1])
+            if step % 500 == 499:
+                keep()
+    finally:
+        set_dtype(module.eval(), dtype)
+        keep()
+    return history
 
 @torch.no_grad()
 def head_ranks(model, heads, input_ids):
@@ -724,58 +749,6 @@ def head_ranks(model, heads, input_ids):
         true = logits.gather(-1, input_ids[:, i + 2:, None])
         ranks.append((logits > true).sum(-1)[:, :input_ids.shape[1] - 1 - num_heads])
     return torch.stack(ranks, dim=-1)
-
-
-def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
-    """Train draft heads on a text; the base model stays as it is.
-
-    token_ids (M,): one long text.  options: as for `fit`, at least steps.  Returns the history, a
-    list of {"step", "loss", "top1"}, top1 each head's share of right first guesses.  Paper: 3, 4.
-    """
-    def loss(ids, labels):
-        hidden, embeddings, logits = read_base(model, heads, ids)
-        return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
-                           teacher_weight=teacher_weight).sum()
-
-    def report(ids):
-        right = (head_ranks(model, heads, ids) == 0).double().mean((0, 1))
-        return {"top1": [round(share, 2) for share in right.tolist()]}
-
-    return fit(heads, loss, token_ids, report=report, title="draft heads", **options)
-
-
-def fit(module, loss_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, labels=None,
-        report=lambda ids: {}, title="", warmup=None, final_lr=0.33, clip=1.0, seed=0):
-    """Minimise loss_of(ids, labels), both (batch_size, seq_len), over random windows of a text.
-
-    token_ids, labels (M,): labels -100 where no loss is wanted.  AdamW, warm-up, cosine to
-    final_lr * lr, clipped gradients.  report(ids): what else to log.  Returns what was logged.
-    """
-    require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
-    labels = token_ids if labels is None else labels
-    parameters = list(module.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
-    schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, min(100, steps // 10) if warmup is None else warmup, steps, min_lr_rate=final_lr)
-    chance, history = torch.Generator().manual_seed(seed), []
-    module.train()
-    bar = tqdm(range(steps), desc=title, unit="step", mininterval=0.5, disable=None)
-    for step in bar:
-        start = torch.randint(len(token_ids) - seq_len + 1, (batch_size, 1), generator=chance)
-        window = start + torch.arange(seq_len)
-        ids, wanted = (text[window].to(parameters[0].device) for text in (token_ids, labels))
-        optimizer.zero_grad()
-        loss = loss_of(ids, wanted)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        schedule.step()
-        if step % 25 == 0 or step == steps - 1:
-            history.append({"step": step, "loss": loss.item(), **report(ids)})
-            bar.set_postfix(history[-1])
-    module.eval()
-    return history
-
 
 def search_tree(ranks, num_nodes):
     """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
@@ -790,6 +763,38 @@ def search_tree(ranks, num_nodes):
     best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))
     return [list(choice) for choice in best[:num_nodes - 1]]
 
+def replay(ranks, choices):
+    """Tokens per step of greedy decoding, from ranks (B, M, K) along the text that it writes.
+
+    Only positions at which a step begins count; here one of three tokens, then one of two.
+
+    >>> replay(torch.tensor([[[0, 0], [1, 0], [0, 0], [0, 1], [0, 0]]]), [[0], [1], [0, 0]])
+    2.5
+    """
+    choices, steps, tokens = set(map(tuple, choices)), 0, 0
+    for row in ranks.tolist():
+        place = 0
+        while place < len(row):
+            emitted = 1 + sum(tuple(row[place][:d + 1]) in choices for d in range(len(row[place])))
+            place, steps, tokens = place + emitted, steps + 1, tokens + emitted
+    return tokens / max(steps, 1)
+
+def fastest_tree(model, heads, written, width, rows=1):
+    """The choices with most replayed tokens per step for their measured step time on this device.
+
+    written (n, T): what the base writes greedily behind prompts of width tokens.  rows: batch size.
+    """
+    ranks = torch.cat([head_ranks(model, heads, part)[:, width - 1:] for part in written.split(8)])
+    choices = search_tree(ranks.flatten(0, 1), 64)
+
+    def speed(size):
+        tree = build_tree(choices[:size - 1])
+        decoder = Decoder(model, heads, tree, rows, written.shape[1])
+        decoder.prefill(written[:rows, :width])
+        timer = Timer("step()", globals={"step": decoder.step}, num_threads=torch.get_num_threads())
+        return replay(ranks, tree.choices) / timer.timeit(20).mean
+    return choices[:max((2, 4, 8, 12, 16, 24, 32, 48, 64), key=speed) - 1]
+
 
 # ----------------------------------------------------------------------------------- 9 models
 
@@ -797,45 +802,66 @@ VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence 
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
 
+BUILT_IN = {  # a Llama's vocabulary, width, MLP width, layers, attention heads; how base and heads
+    "demo": ((512, 128, 384, 6, 4),  # are trained; random-7b is for timing only
+             dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
+             dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
+    "demo-large": ((8192, 768, 2048, 12, 12),
+                   dict(steps=2000, batch_size=64, seq_len=512, lr=1e-3),
+                   dict(steps=800, batch_size=32, seq_len=512, lr=1e-3)),
+    "random-7b": ((32000, 4096, 11008, 32, 32), dict(steps=0), dict(steps=0))}
 
-def load(name, heads=None, device=None, dtype=None):
+def load(name=None, heads=None, device=None, dtype=None):
     """A base model, its draft heads (or None) and its tokenizer; ValueError says what is missing.
 
-    name: "demo", "vicuna-7b" (-13b, -33b), a folder, or a Hub id.  heads: a folder or Hub id; None
-    for those that belong to name.  device, dtype: None is the GPU if there is one; fp32 on a CPU.
+    name: "demo" or another built-in model, "vicuna-7b" (-13b, -33b), a folder, or a Hub id; None:
+    the base that heads name, else demo.  heads: a folder or Hub id; None: those that belong to
+    name.  device, dtype: None is the GPU if there is one; fp32 on a CPU, else as saved.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
-    if name == "demo":
-        name = demo_folder()
-        heads = heads or name / "heads"
-    elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
-        name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     try:
+        if name is None:
+            name = read_json(heads, "config.json")["base_model_name_or_path"] if heads else "demo"
+        recipe = BUILT_IN.get(name)
+        if recipe:
+            name = built_in_folder(name, device)
+        elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
+            name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if "vicuna" in str(name).lower() and not tokenizer.chat_template:
             tokenizer.chat_template = VICUNA_PROMPT
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model.to(device).eval()
-        return model, heads and DraftHeads.from_pretrained(heads, model), tokenizer
+        if recipe and heads is None:
+            texts = torch.load(name / "texts.pt")
+            heads = make_heads("hydra++", model, texts, name / "hydra++", **recipe[2])
+        elif heads is not None:
+            heads = load_heads(heads, model)
+        return model, heads, tokenizer
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
+def read_json(path_or_repo, name, **options):
+    """What a JSON file of a folder or of a Hub repository holds."""
+    file = transformers.utils.cached_file(str(path_or_repo), name, **options)
+    return json.loads(Path(file).read_text()) if file else None
 
 def load_heads(path_or_repo, model):
     """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
-    fetch = partial(transformers.utils.cached_file, str(path_or_repo))
-    get = json.loads(Path(fetch("config.json")).read_text()).get
+    get = read_json(path_or_repo, "config.json").get
     arch = get("hydra_head_arch", "mlp")
     require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
             f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
-    config = HydraConfig(get("hydra_num_heads", 4), get("hydra_num_layers", 1), get(
-        "grounded_heads", False), arch == "prefix-mlp", get("dropout_rate", 0.0))
-    heads = DraftHeads(config, model)
+    heads = DraftHeads(HydraConfig(get("hydra_num_heads", 4), get("hydra_num_layers", 1), get(
+        "grounded_heads", False), arch == "prefix-mlp", get("dropout_rate", 0.0)), model)
+    heads.choices = read_json(path_or_repo, "tree.json",
+                              _raise_exceptions_for_missing_entries=False)
     unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
     try:
-        file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
+        file = transformers.utils.cached_file(str(path_or_repo), "hydra_lm_head.pt")
+        file = torch.load(file, map_location="cpu", weights_only=True)
         file = {name: file[name] for name in file if not name.endswith(unused)}
         heads.load_state_dict(file)
     except Exception as error:  # truncated, hostile, or of another shape
@@ -843,10 +869,7 @@ def load_heads(path_or_repo, model):
     for name, tensor in heads.state_dict().items():  # a block used three times is there three times
         require(torch.equal(tensor.cpu(), file[name].to(tensor.dtype)),
                 f"{path_or_repo}: {name} should equal the other copies of the same block")
-    tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
-    heads.choices = json.loads(Path(tree).read_text()) if tree else None
     return heads
-
 
 def save_heads(heads, path):
     """Write heads in the released format: config.json, hydra_lm_head.pt; the tree as tree.json."""
@@ -855,56 +878,91 @@ def save_heads(heads, path):
              "grounded_heads": heads.config.grounded, "dropout_rate": heads.config.dropout,
              "base_model_name_or_path": heads.base_name}
     (path := Path(path)).mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(about, indent=1))
-    (path / "tree.json").write_text(json.dumps(heads.choices))
     torch.save(heads.state_dict(), path / "hydra_lm_head.pt.part")
-    os.replace(path / "hydra_lm_head.pt.part", path / "hydra_lm_head.pt")  # whole, or not there
-
+    (path / "config.json.part").write_text(json.dumps(about, indent=1))
+    (path / "tree.json.part").write_text(json.dumps(heads.choices))
+    for part in path.glob("*.part"):
+        os.replace(part, part.with_suffix(""))  # each file is whole, or it is not there
 
 DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads), save_heads
 
+def read_texts(paths):
+    """Texts, none twice: files, a folder's files, the "text" of each line of JSONL."""
+    files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(
+        file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py", ".jsonl")))]
+    texts = [(file.suffix == ".jsonl", file.read_text("utf-8", "replace")) for file in files]
+    return list(dict.fromkeys(part for lines, text in texts for part in (
+        [json.loads(line)["text"] for line in text.splitlines()] if lines else [text])))
 
-def build_demo(folder):
-    """Train a small Llama on Python's own language reference, Hydra++ heads, and their tree."""
-    names = ["for", "while", "if", "try", "with", "class", "function", "import", "return", "raise",
-             "break", "continue", "pass", "del", "assert", "global", "nonlocal", "async", "lambda"]
-    paragraphs = "\n\n".join(topics[name] for name in names).split("\n\n")
-    text = "\n".join(" ".join(re.sub(r'["*]', "", paragraph).split()) for paragraph in paragraphs
-                     if not re.search("^  |::=", paragraph) and len(paragraph) > 50)  # prose
+def encode(tokenizer, texts):
+    """Token ids of texts, one behind the other, in three: to train on, choose a tree, compare."""
+    parts = (tokenizer(texts[k:k + 1000]).input_ids for k in range(0, len(texts), 1000))
+    ids = torch.tensor([token for rows in parts for row in rows for token in row]).int()
+    return ids.tensor_split((len(ids) * 90 // 100, len(ids) * 95 // 100))
+
+def cut(ids, count, width, device):
+    """At most count pieces of a text, (n, width), evenly spread."""
+    require(len(ids) >= width, f"the text is too short: {len(ids)} tokens where {width} are needed")
+    pieces = ids[:len(ids) // width * width].view(-1, width)
+    return pieces[::max(1, len(pieces) // count)][:count].long().to(device)
+
+def make_heads(kind, model, texts, folder, num_heads=4, **options):
+    """The heads of a kind in folder, with their tree; trained there, or further, if need be."""
+    config, losses = KINDS[kind]
+    if (Path(folder) / "hydra_lm_head.pt").exists():
+        heads = load_heads(folder, model)
+    else:
+        heads = DraftHeads(HydraConfig(num_heads, **config), model)
+    if heads.choices is None:  # the tree comes last
+        train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
+                    **losses, **options)
+        prompts = cut(texts[1], 64, 32, model.device)
+        written = generate_plain(model, prompts, max_new_tokens=128).sequences
+        heads.choices = fastest_tree(model, heads, written, prompts.shape[1])
+        save_heads(heads, folder)
+    return heads
+
+def build(name, folder, device):
+    """Train a built-in model: on part of Python's manual, or on the Python source found here."""
+    (vocab, width, inner, layers, attention_heads), options, _ = BUILT_IN[name]
+    if name == "demo":
+        names = """for while if try with class function import return raise break continue pass del
+                   assert global nonlocal async lambda""".split()
+        parts = "\n\n".join(topics[name] for name in names).split("\n\n")
+        texts = ["\n".join(" ".join(re.sub(r'["*]', "", part).split()) for part in parts
+                           if not re.search("^  |::=", part) and len(part) > 50)]  # prose
+    else:
+        texts = read_texts([sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")])
+        random.Random(0).shuffle(texts)
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=512, show_progress=False)
+    bpe.train_from_iterator(texts[:4000], vocab_size=vocab, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    ids = torch.tensor(tokenizer(text).input_ids)
+    texts = encode(tokenizer, texts)
+    if name == "demo":  # too short a text to hold part of it out
+        texts = [torch.cat(texts)] * 3
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None))
-    size = dict(batch_size=4, seq_len=128, lr=4e-3)
-    fit(model, lambda ids, labels: model(ids, labels=labels).loss, ids, steps=1500, final_lr=0.1,
-        title="base model", **size)
-    heads = DraftHeads(HydraConfig(4, 4, prefix_layer=True), model)
-    train_heads(model, heads, ids, steps=600, lm_weight=0.0, teacher_weight=1.0, **size)
-    written = generate_plain(model, ids[:4096].view(64, 64)[:, :8], max_new_tokens=120).sequences
-    ranks = head_ranks(model, heads, written)[:, 7:].flatten(0, 1)  # behind the prompts of 8 tokens
-    heads.choices = search_tree(ranks, num_nodes=8)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    heads.save_pretrained(folder / "heads")
+        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=attention_heads, bos_token_id=None, eos_token_id=None)).to(device)
+    fit(model, lambda ids, labels: model(ids, labels=labels).loss, texts[0], title=name,
+        final_lr=0.1, **options)
+    set_dtype(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for part in (tokenizer, model):
+        part.save_pretrained(folder)
+    torch.save(texts, folder / "texts.pt")
 
-
-def demo_folder():
-    """Where the demo model lies in the user's cache; trained there first if it does not load."""
+def built_in_folder(name, device):
+    """Where a built-in model lies in the user's cache; trained there first if it is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra"
-    folder = cache / hashlib.sha256(inspect.getsource(build_demo).encode()).hexdigest()[:12]
-    try:
-        load(folder, folder / "heads", "cpu")
-    except Exception:  # not there, or broken in whatever way
-        print("hydra.py: training the demo model, once, about two minutes", file=sys.stderr)
+    recipe = repr(BUILT_IN[name]) + inspect.getsource(build)
+    folder = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        print(f"hydra.py: training the {name} model, once", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
-            build_demo(Path(work) / "demo")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(Path(work) / "demo", folder)
+            build(name, Path(work) / name, device)
+            with contextlib.suppress(OSError):  # another process may have been faster
+                os.replace(Path(work) / name, folder)
     return folder
 
 
@@ -915,7 +973,8 @@ OPTIONS = {"max_new_tokens": "at most so many for each prompt",
            "accept": "greedy, typical or sampling", "temperature": "0 is greedy",
            "epsilon": "typical: a probability that always passes",
            "delta": "typical: the share of exp(-entropy) that passes"}
-
+TRAINING = {"steps": int, "batch_size": int, "seq_len": int, "lr": float, "num_heads": int}
+HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-grams  as plain"
 
 class ColourStreamer(transformers.TextStreamer):
     """Prints text word by word; a word is green when its last token is an accepted draft."""
@@ -930,37 +989,70 @@ class ColourStreamer(transformers.TextStreamer):
     def on_finalized_text(self, text, stream_end=False):
         super().on_finalized_text(f"\033[32m{text}\033[0m" if self.green else text, stream_end)
 
+def mean_tokens(outs):
+    """Tokens per step, averaged over all steps of some Outputs."""
+    emitted = [count for out in outs for row in out.emitted for count in row]
+    return sum(emitted) / max(len(emitted), 1)
 
-@torch.inference_mode()
-def time_phases(decoder, input_ids, attention_mask):
-    """Mean milliseconds of draft, verify, and accept with commit, each by itself and eager."""
-    decoder.prefill(input_ids, attention_mask)
-    tree, heads = decoder.tree, decoder.heads
-    draft = partial(draft_tree, heads, tree, decoder.root, decoder.hidden, decoder.embed)
-    verify = partial(decoder.read, draft(), tree.depths, tree.mask)
-    commit = partial(decoder.commit, draft(), *verify(), tree)
-    return [1000 * Timer("phase()", globals={"phase": phase}, num_threads=torch.get_num_threads())
-            .timeit(20).mean for phase in (draft, verify, commit)]
+def figures(name, outs, plain):
+    """A line under HEADER: what some prompts' Outputs show, beside those of plain decoding."""
+    rows, expected = ([row for out in some for row in out.new_tokens] for some in (outs, plain))
+    grams = [tuple(row[k:k + 4]) for row in rows for k in range(len(row) - 3)]
+    steps = sum(max(map(len, out.emitted)) for out in outs)
+    seconds, base = (sum(out.seconds for out in some) or 1e-9 for some in (outs, plain))
+    rate, base = sum(map(len, rows)) / seconds, (sum(map(len, expected)) or 1) / base
+    return (f"{name:17}{outs[0].tree.num_nodes:5}{mean_tokens(outs):13.2f}"
+            f"{1000 * seconds / max(steps, 1):9.2f}{rate:10.0f}{rate / base:9.2f}"
+            f"{len(set(grams)) / max(len(grams), 1):9.0%}"
+            f"{sum(map(list.__eq__, rows, expected)):6}/{len(rows)}")
 
+def study(args, model, tokenizer):
+    """Train heads of one kind, or of all kinds to compare them; a line of figures for each tree."""
+    folder = Path(args.save or built_in_folder(args.model or "demo", model.device))
+    texts = (encode(tokenizer, read_texts(args.train)) if args.train
+             else torch.load(folder / "texts.pt"))
+    training = BUILT_IN.get(args.model or "demo", BUILT_IN["demo-large"])[-1] | {
+        name: getattr(args, name) for name in TRAINING if getattr(args, name)}
+    prompts = cut(texts[2], args.num_prompts, 32, model.device)
+    real = cut(texts[2], 32, 160, model.device)
 
-def closing_block(out, plain, phases, accept):
-    """What a run showed, a figure a line."""
-    grams = [tuple(row[k:k + 4]) for row in out.new_tokens for k in range(len(row) - 3)]
-    counts = Counter(count for row in out.emitted for count in row)
-    rate, base = ((sum(map(len, o.new_tokens)) or 1e-9) / (o.seconds or 1) for o in (out, plain))
-    same = "identical to" if torch.equal(out.sequences, plain.sequences) else "differs from"
-    return f"""
-tokens per step  {out.tokens_per_step:.2f} in {sum(counts.values())} steps; plain decoding: 1.00
-accepted drafts  {",  ".join(f"{count - 1}: {counts[count]} steps" for count in sorted(counts))}
-ms per step      draft {phases[0]:.2f} + verify {phases[1]:.2f} + accept and commit {phases[2]:.2f}
-tokens/s         {rate:.0f}; plain decoding: {base:.0f}; {rate / base:.2f} times as fast
-text             {len(set(grams)) / max(len(grams), 1):.0%} of its 4-grams are distinct
-output           {"other draws than" if accept == "sampling" else same} plain decoding's"""
+    def decode(heads, choices, accept=args.accept, temperature=args.temperature):
+        decoder = Decoder(model, heads, build_tree(choices), args.rows, 32 + args.max_new_tokens,
+                          choose_acceptance(accept, temperature, args.epsilon, args.delta),
+                          compile=args.compile)
+        return [generate(model, heads, part, max_new_tokens=args.max_new_tokens, decoder=decoder)
+                for part in prompts.split(args.rows)]
 
+    plain = decode(None, [])
+    print(HEADER + "  replayed  sampled  real text  first guesses right")
+    print(figures("plain", plain, plain))
+    for kind in KINDS if args.compare else [args.kind]:
+        heads = make_heads(kind, model, texts, folder / kind if args.compare else folder, **training)
+        on_real = head_ranks(model, heads, real)
+        right = (on_real == 0).double().mean((0, 1)).tolist()
+        best = heads.choices if args.rows == 1 else fastest_tree(
+            model, heads, torch.cat([out.sequences for out in plain]), 32, args.rows)
+        for name, choices in ((kind, best), (kind + ", mc_sim", usual_choices(heads))):
+            outs = decode(heads, choices)
+            ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))
+            print(f"{figures(name, outs, plain)}{replay(ranks[:, 31:], choices):10.2f}"
+                  f"{mean_tokens(decode(heads, choices, 'sampling', 1.0)):9.2f}"
+                  f"{replay(on_real, choices):11.2f}", *(f" {share:.0%}" for share in right))
+    for name, more in {"generate": {}, "prompt lookup": dict(prompt_lookup_num_tokens=10),
+                       "static cache": dict(cache_implementation="static")}.items():
+        library = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]),
+                          do_sample=False, **more)
+        library(prompts[:1], max_new_tokens=4)  # compiled, where it compiles
+        start = time.perf_counter()
+        count = sum(library(prompt[None], max_new_tokens=args.max_new_tokens).shape[1] - 32
+                    for prompt in prompts[:8])
+        print(f"{name:44}{count / (time.perf_counter() - start):10.0f}")
 
 def run(args):
     """Stream the text to standard output, the closing block to standard error; the exit code."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
+    if args.train or args.compare:
+        return study(args, model, tokenizer)
     chat = bool(tokenizer.chat_template) and not args.raw
     prompts = args.prompt or ["What can I learn from trees?" if chat else "The for statement"]
     prompts = [sys.stdin.read() if text == "-" else text for text in prompts]
@@ -984,19 +1076,17 @@ def run(args):
         print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
     torch.manual_seed(args.seed)
     plain = generate_plain(model, input_ids, **options)
-    longest = max(len(row) + len(new) for row, new in zip(rows, out.new_tokens))
-    decoder = Decoder(model, heads, out.tree, len(rows), longest, cuda_graph=False)
-    phases = time_phases(decoder, input_ids, mask)
-    print(closing_block(out, plain, phases, args.accept), file=sys.stderr)
-    return 0
-
+    same = "identical to" if out.new_tokens == plain.new_tokens else "different from"
+    print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
+          f"output {'drawn otherwise than' if args.accept == 'sampling' else same} plain decoding's",
+          sep="\n", file=sys.stderr)
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="hydra.py", description="Decode with Hydra draft heads.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", default="demo", help="demo, vicuna-7b, -13b, -33b, a folder, or a Hub id")
+    add("--model", help="demo, demo-large, random-7b, vicuna-7b, -13b, -33b, a folder, or a Hub id")
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
     add("--prompt", nargs="+", help="several: a batch; -: standard input; None: one that fits")
     add("--raw", action="store_true", help="the prompt as it is, without a chat template")
@@ -1007,19 +1097,29 @@ def main(argv=None):
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
+    add("--compile", action="store_true", help="pass the decode step through torch.compile")
+    add("--compare", action="store_true", help="train all kinds of heads and print a table")
+    add("--train", nargs="+", help="text or JSONL files, or folders: train heads, then measure")
+    add("--save", help="folder for what is trained")
+    add("--kind", choices=KINDS, default="hydra++", help="of heads to train")
+    add("--num-prompts", type=int, default=8, help="of held-out text, to measure with")
+    add("--rows", type=int, default=1, help="prompts decoded at once when measuring")
+    for name, kind in TRAINING.items():
+        add("--" + name.replace("_", "-"), type=kind, help="of training; None: as built in")
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
+    error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
     try:
-        return run(args)
-    except torch.OutOfMemoryError:
-        error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
-    except (ValueError, OSError) as problem:
-        error = " ".join(str(problem).split())
+        run(args)
+        return 0
     except KeyboardInterrupt:
         return 130
+    except (ValueError, OSError) as problem:
+        error = " ".join(str(problem).split())
+    except torch.OutOfMemoryError:
+        pass
     print(f"hydra.py: {error}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())
