@@ -414,11 +414,12 @@ class Decoder:
         self.root = torch.zeros_like(self.length)       # (B,) chosen, not yet committed
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=model.device)  # (B, D) what the heads see
-        self.run, self.steps = self.advance, {}  # by live slots: what runs a step
+        self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
+        self.graphs = {}  # by the number of live slots: a CUDA graph of the step, and its results
+        self.run = Decoder.advance
         if compile:
             torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
-            self.run = torch.compile(self.advance, fullgraph=True, dynamic=False)
-        self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
+            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -439,6 +440,8 @@ class Decoder:
             self.read(chunk, places, places[:, None] >= places, start + chunk.shape[1])
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
+        if self.cuda_graph:
+            self.graph_for(tokens.shape[1] + 1)
         return self.advance(build_tree([]).to(tokens.device), tokens.shape[1])
 
     @torch.no_grad()
@@ -448,35 +451,32 @@ class Decoder:
         longest: how many tokens the longest row has, if the host knows; then attention reads that
         many slots, rounded up to a power of two, and not the whole cache.
         """
-        return self.ready(longest)()
+        if not self.cuda_graph:
+            return self.run(self, self.tree, self.live_slots(longest))
+        graph, result = self.graph_for(longest)
+        graph.replay()
+        return result
 
-    @torch.no_grad()
-    def ready(self, longest=None):
-        """What runs a step for rows of that length; on CUDA recorded when first asked for."""
+    def live_slots(self, longest):
+        """How many slots attention reads where the longest row has so many tokens; None: all."""
         live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
-        live = min(max(live, 256), self.cache.num_slots)
-        if live not in self.steps:
-            self.steps[live] = (self.record if self.cuda_graph else partial)(self.run, self.tree,
-                                                                             live)
-        return self.steps[live]
+        return min(max(live, 256), self.cache.num_slots)
 
-    def record(self, run, tree, live):
-        """A CUDA graph of the step.  The warm-up commits nothing that counts: state is put back."""
-        state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                run(tree, live)
-            for held, before in state:
-                held.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run(tree, live)
-
-        def replay():
-            graph.replay()
-            return result
-        return replay
+    def graph_for(self, longest):
+        """The step as a CUDA graph.  Its warm-up commits nothing that counts: state is put back."""
+        live = self.live_slots(longest)
+        if live not in self.graphs:
+            state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(3):
+                    self.run(self, self.tree, live)
+                for held, before in state:
+                    held.copy_(before)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[live] = graph, self.run(self, self.tree, live)
+        return self.graphs[live]
 
     def advance(self, tree, live):
         """Draft, verify, accept and commit."""
@@ -609,7 +609,6 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if streamer:
         streamer.put(input_ids.cpu())
     result = decoder.prefill(input_ids, mask) if running else None
-    decoder.ready(max(lengths) + 1)
     decoder.root.tolist()  # a GPU may still be at the prefill, which is not timed
     start = time.perf_counter()
     while running:
