@@ -72,8 +72,8 @@ def head_input(hidden, embeddings):
     """The paper's idea in one line: a head sees the hidden state *and* the tokens guessed so far.
 
     hidden (..., D): the base's state h[t], or Hydra++'s p[t].  embeddings (..., i+1, D): the
-    base's input embeddings of tokens t+1 .. t+1+i, oldest first.  Returns (..., (i+2)*D): the
-    hidden state, then the embeddings in order.  Training and drafting both call it.  Paper: 3.
+    base's input embeddings of tokens t+1 .. t+1+i, oldest first.  Returns (..., (i+2)*D), in that
+    order.  Training and drafting both call it.  Paper: 3.
 
     >>> head_input(torch.tensor([1., 2.]), torch.tensor([[3., 4.], [5., 6.]]))
     tensor([1., 2., 3., 4., 5., 6.])
@@ -82,7 +82,6 @@ def head_input(hidden, embeddings):
 
 class ResBlock(nn.Module):
     """y = R(x) + SiLU(W x + b), W zero at first; R projects (i+2)*D to D, or is the identity."""
-
     def __init__(self, width_in, width_out):
         super().__init__()
         self.linear = nn.Linear(width_in, width_out)
@@ -99,7 +98,6 @@ class DraftHeads(nn.Module):
     model: any decoder-only causal language model of transformers; the heads take its widths, dtype
     and device, start from its lm_head, and keep no reference to it.  Paper: 3, and 4 (Hydra++).
     """
-
     def __init__(self, config, model):
         super().__init__()
         self.config, self.base_name = config, model.config.name_or_path
@@ -143,8 +141,8 @@ def set_dtype(module, dtype):
 def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
 
-    It reads the base's final hidden states as if they were embeddings: p[t] attends to h[0..t].
-    To the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
+    It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t].  In
+    the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
     """
     config = copy.deepcopy(model.config)
     if getattr(config, "layer_types", None):
@@ -361,7 +359,6 @@ class TreeCache(transformers.Cache):
     it, at `slots` (B, T), and reads the first `live` slots; everything else is scratch.  The prefix
     layer is one more layer.
     """
-
     def __init__(self, num_slots):
         super().__init__(layers=[])
         self.num_slots, self.live, self.slots = num_slots, num_slots, None
@@ -372,9 +369,10 @@ class TreeCache(transformers.Cache):
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
             self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
                                   for new in (key, value)]
-        for stored, new in zip(self.kv[layer_idx], (key, value)):
+        live = [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
+        for stored, new in zip(live, (key, value)):
             stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
+        return live
 
 def commit_path(kv, length, path):
     """Move the accepted path's rows to the end of the committed prefix, in place.
@@ -398,11 +396,10 @@ class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
-    included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token), as
-    `accept_greedy`.  cuda_graph: record the step once and replay it; None: if there is CUDA.
-    compile: pass the step through torch.compile.  ValueError where these do not fit each other.
+    included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token).
+    cuda_graph: record the step and replay it; None: on CUDA.  compile: pass it through
+    torch.compile.  ValueError where these do not fit each other.
     """
-
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
@@ -492,7 +489,7 @@ class Decoder:
         self.cache.live = live or self.cache.num_slots
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
-        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
+        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.live - 1)
         mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
@@ -688,8 +685,7 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
     """Train draft heads on a text, token_ids (M,); the base model stays as it is.
 
-    options: as for `fit`, at least steps.  Returns the history: each logged step's losses, a list
-    of K for every head.  Paper: 3, 4.
+    options: as for `fit`, at least steps.  Returns its history: K losses each.  Paper: 3, 4.
     """
     def losses(ids, labels):
         hidden, embeddings, logits = read_base(model, heads, ids)
@@ -763,13 +759,7 @@ def search_tree(ranks, num_nodes):
     return [list(choice) for choice in best[:num_nodes - 1]]
 
 def replay(ranks, choices):
-    """Tokens per step of greedy decoding, from ranks (B, M, K) along the text that it writes.
-
-    Only positions at which a step begins count; here one of three tokens, then one of two.
-
-    >>> replay(torch.tensor([[[0, 0], [1, 0], [0, 0], [0, 1], [0, 0]]]), [[0], [1], [0, 0]])
-    2.5
-    """
+    """Tokens per step that decoding would give, from ranks (B, M, K) along what it would write."""
     choices, steps, tokens = set(map(tuple, choices)), 0, 0
     for row in ranks.tolist():
         place = 0
@@ -778,18 +768,18 @@ def replay(ranks, choices):
             place, steps, tokens = place + emitted, steps + 1, tokens + emitted
     return tokens / max(steps, 1)
 
-def fastest_tree(model, heads, written, width, rows=1):
+def fastest_tree(model, heads, written, width):
     """The choices with most replayed tokens per step for their measured step time on this device.
 
-    written (n, T): what the base writes greedily behind prompts of width tokens.  rows: batch size.
+    written (n, T): what the base writes greedily behind prompts of width tokens.
     """
     ranks = torch.cat([head_ranks(model, heads, part)[:, width - 1:] for part in written.split(8)])
     choices = search_tree(ranks.flatten(0, 1), 64)
 
     def speed(size):
         tree = build_tree(choices[:size - 1])
-        decoder = Decoder(model, heads, tree, rows, written.shape[1])
-        decoder.prefill(written[:rows, :width])
+        decoder = Decoder(model, heads, tree, 1, written.shape[1])
+        decoder.prefill(written[:1, :width])
         timer = Timer("step()", globals={"step": decoder.step}, num_threads=torch.get_num_threads())
         return replay(ranks, tree.choices) / timer.timeit(20).mean
     return choices[:max((2, 4, 8, 12, 16, 24, 32, 48, 64), key=speed) - 1]
@@ -801,21 +791,18 @@ VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence 
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
 
-BUILT_IN = {  # a Llama's vocabulary, width, MLP width, layers, attention heads; how base and heads
-    "demo": ((512, 128, 384, 6, 4),  # are trained; random-7b is for timing only
-             dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
+BUILT_IN = {  # a Llama's vocabulary, width, MLP width, layers, attention heads; how to train it; how
+    "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),  # heads
              dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
-    "demo-large": ((8192, 768, 2048, 12, 12),
-                   dict(steps=2000, batch_size=64, seq_len=512, lr=1e-3),
-                   dict(steps=800, batch_size=32, seq_len=512, lr=1e-3)),
-    "random-7b": ((32000, 4096, 11008, 32, 32), dict(steps=0), dict(steps=0))}
+    "demo-large": ((8192, 768, 2048, 12, 12), dict(steps=1700, batch_size=64, seq_len=512, lr=1e-3),
+                   dict(steps=800, batch_size=32, seq_len=512, lr=1e-3))}
 
 def load(name=None, heads=None, device=None, dtype=None):
     """A base model, its draft heads (or None) and its tokenizer; ValueError says what is missing.
 
-    name: "demo" or another built-in model, "vicuna-7b" (-13b, -33b), a folder, or a Hub id; None:
-    the base that heads name, else demo.  heads: a folder or Hub id; None: those that belong to
-    name.  device, dtype: None is the GPU if there is one; fp32 on a CPU, else as saved.
+    name: demo, demo-large, vicuna-7b (-13b, -33b), a folder, or a Hub id; None: the base that heads
+    name, else demo.  heads: a folder or Hub id; None: those of name.  device, dtype: None is the
+    GPU if there is one; fp32 on a CPU, else as saved.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
@@ -967,12 +954,8 @@ def built_in_folder(name, device):
 
 # ---------------------------------------------------------------------------- 10 command line
 
-OPTIONS = {"max_new_tokens": "at most so many for each prompt",
-           "max_context": "tokens of prompt and text; None: as many as are needed",
-           "accept": "greedy, typical or sampling", "temperature": "0 is greedy",
-           "epsilon": "typical: a probability that always passes",
-           "delta": "typical: the share of exp(-entropy) that passes"}
-TRAINING = {"steps": int, "batch_size": int, "seq_len": int, "lr": float, "num_heads": int}
+DECODING = ("max_new_tokens", "max_context", "accept", "temperature", "epsilon", "delta")
+TRAINING = ("steps", "batch_size", "seq_len", "lr")
 HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-grams  as plain"
 
 class ColourStreamer(transformers.TextStreamer):
@@ -988,55 +971,51 @@ class ColourStreamer(transformers.TextStreamer):
     def on_finalized_text(self, text, stream_end=False):
         super().on_finalized_text(f"\033[32m{text}\033[0m" if self.green else text, stream_end)
 
-def mean_tokens(outs):
-    """Tokens per step, averaged over all steps of some Outputs."""
-    emitted = [count for out in outs for row in out.emitted for count in row]
-    return sum(emitted) / max(len(emitted), 1)
-
 def figures(name, outs, plain):
     """A line under HEADER: what some prompts' Outputs show, beside those of plain decoding."""
     rows, expected = ([row for out in some for row in out.new_tokens] for some in (outs, plain))
     grams = [tuple(row[k:k + 4]) for row in rows for k in range(len(row) - 3)]
-    steps = sum(max(map(len, out.emitted)) for out in outs)
+    counts = [count for out in outs for row in out.emitted for count in row] or [0]
     seconds, base = (sum(out.seconds for out in some) or 1e-9 for some in (outs, plain))
     rate, base = sum(map(len, rows)) / seconds, (sum(map(len, expected)) or 1) / base
-    return (f"{name:17}{outs[0].tree.num_nodes:5}{mean_tokens(outs):13.2f}"
-            f"{1000 * seconds / max(steps, 1):9.2f}{rate:10.0f}{rate / base:9.2f}"
-            f"{len(set(grams)) / max(len(grams), 1):9.0%}"
+    return (f"{name:16}{outs[0].tree.num_nodes:6}{sum(counts) / len(counts):13.2f}"
+            f"{1000 * seconds * len(rows) / len(counts) / len(outs):9.2f}{rate:10.0f}"
+            f"{rate / base:9.2f}{len(set(grams)) / max(len(grams), 1):9.0%}"
             f"{sum(map(list.__eq__, rows, expected)):6}/{len(rows)}")
 
 def study(args, model, tokenizer):
-    """Train heads of one kind, or of all kinds to compare them; a line of figures for each tree."""
-    folder = Path(args.save or built_in_folder(args.model or "demo", model.device))
-    texts = (encode(tokenizer, read_texts(args.train)) if args.train
-             else torch.load(folder / "texts.pt"))
-    training = BUILT_IN.get(args.model or "demo", BUILT_IN["demo-large"])[-1] | {
-        name: getattr(args, name) for name in TRAINING if getattr(args, name)}
-    prompts = cut(texts[2], args.num_prompts, 32, model.device)
-    real = cut(texts[2], 32, 160, model.device)
+    """Train heads of one kind, or of all to compare them: a line of figures for each tree."""
+    name = args.model or "demo"
+    folder = Path(args.save or built_in_folder(name, model.device))
+    texts = encode(tokenizer, read_texts(args.train)) if args.train else torch.load(
+        folder / "texts.pt")
+    training = BUILT_IN.get(name, BUILT_IN["demo-large"])[-1] | {
+        option: getattr(args, option) for option in TRAINING if getattr(args, option)}
+    prompts, real = (cut(texts[2], count, width, model.device)
+                     for count, width in ((args.num_prompts, 32), (32, 160)))
 
-    def decode(heads, choices, accept=args.accept, temperature=args.temperature):
-        decoder = Decoder(model, heads, build_tree(choices), args.rows, 32 + args.max_new_tokens,
-                          choose_acceptance(accept, temperature, args.epsilon, args.delta),
+    def decode(heads, choices, rule):
+        decoder = Decoder(model, heads, build_tree(choices), 1, 32 + args.max_new_tokens, rule,
                           compile=args.compile)
-        return [generate(model, heads, part, max_new_tokens=args.max_new_tokens, decoder=decoder)
-                for part in prompts.split(args.rows)]
+        return [generate(model, heads, prompt[None], max_new_tokens=args.max_new_tokens,
+                         decoder=decoder) for prompt in prompts]
 
-    plain = decode(None, [])
+    rule = choose_acceptance(args.accept, args.temperature, args.epsilon, args.delta)
+    plain = decode(None, [], rule)
     print(HEADER + "  replayed  sampled  real text  first guesses right")
     print(figures("plain", plain, plain))
     for kind in KINDS if args.compare else [args.kind]:
-        heads = make_heads(kind, model, texts, folder / kind if args.compare else folder, **training)
+        heads = make_heads(kind, model, texts, folder / kind if args.compare else folder,
+                           **training)
         on_real = head_ranks(model, heads, real)
         right = (on_real == 0).double().mean((0, 1)).tolist()
-        best = heads.choices if args.rows == 1 else fastest_tree(
-            model, heads, torch.cat([out.sequences for out in plain]), 32, args.rows)
-        for name, choices in ((kind, best), (kind + ", mc_sim", usual_choices(heads))):
-            outs = decode(heads, choices)
-            ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))
-            print(f"{figures(name, outs, plain)}{replay(ranks[:, 31:], choices):10.2f}"
-                  f"{mean_tokens(decode(heads, choices, 'sampling', 1.0)):9.2f}"
-                  f"{replay(on_real, choices):11.2f}", *(f" {share:.0%}" for share in right))
+        for name, choices in ((kind, heads.choices), (kind + ", mc_sim", usual_choices(heads))):
+            outs = decode(heads, choices, rule)
+            drawn = decode(heads, choices, partial(accept_sampling, temperature=1.0))
+            ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))[:, 31:]
+            print(f"{figures(name, outs, plain)}{replay(ranks, choices):10.2f}"
+                  f"{sum(out.tokens_per_step for out in drawn) / len(drawn):9.2f}"
+                  f"{replay(on_real, choices):11.2f} ", *(f"{share:.0%}" for share in right))
     for name, more in {"generate": {}, "prompt lookup": dict(prompt_lookup_num_tokens=10),
                        "static cache": dict(cache_implementation="static")}.items():
         library = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]),
@@ -1065,7 +1044,7 @@ def run(args):
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
     tree = named[args.tree] if args.tree in named else json.loads(Path(args.tree).read_text())
     options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
-               **{name: getattr(args, name) for name in OPTIONS}}
+               **{name: getattr(args, name) for name in DECODING}}
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     streamer = ColourStreamer if colour else transformers.TextStreamer
     streamer = streamer(tokenizer, chat, skip_special_tokens=True) if len(rows) == 1 else None
@@ -1085,38 +1064,39 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="hydra.py", description="Decode with Hydra draft heads.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", help="demo, demo-large, random-7b, vicuna-7b, -13b, -33b, a folder, or a Hub id")
+    add("--model", help="demo, demo-large, vicuna-7b, -13b, -33b, a folder, or a Hub id")
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
     add("--prompt", nargs="+", help="several: a batch; -: standard input; None: one that fits")
     add("--raw", action="store_true", help="the prompt as it is, without a chat template")
-    for name, text in OPTIONS.items():  # of generate, with its own defaults
-        default = inspect.signature(generate).parameters[name].default
-        add("--" + name.replace("_", "-"), type=type(default or 0), default=default, help=text)
     add("--seed", type=int, default=0, help="of sampling")
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
-    add("--compile", action="store_true", help="pass the decode step through torch.compile")
-    add("--compare", action="store_true", help="train all kinds of heads and print a table")
-    add("--train", nargs="+", help="text or JSONL files, or folders: train heads, then measure")
-    add("--save", help="folder for what is trained")
-    add("--kind", choices=KINDS, default="hydra++", help="of heads to train")
-    add("--num-prompts", type=int, default=8, help="of held-out text, to measure with")
-    add("--rows", type=int, default=1, help="prompts decoded at once when measuring")
-    for name, kind in TRAINING.items():
-        add("--" + name.replace("_", "-"), type=kind, help="of training; None: as built in")
+    add("--compile", action="store_true", help="pass the step through torch.compile")
+    add("--compare", action="store_true", help="train every kind of heads, print a table")
+    add("--train", nargs="+", help="text, JSONL or folders: train heads on it, print a table")
+    add("--save", help="folder for the heads that are trained")
+    add("--kind", choices=KINDS, default="hydra++", help="of the heads that are trained")
+    add("--num-heads", type=int, default=4, help="of the heads that are trained")
+    add("--num-prompts", type=int, default=8, help="held-out prompts to decode for the table")
+    for function, names in ((generate, DECODING), (fit, TRAINING)):
+        group = parser.add_argument_group(f"as in {function.__name__}()", function.__doc__)
+        for name in names:
+            default = inspect.signature(function).parameters[name].default
+            default = None if function is fit else default  # the recipe's own
+            group.add_argument("--" + name.replace("_", "-"), default=default, help=" ",
+                               type=float if name == "lr" else type(default or 0))
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
     try:
         run(args)
         return 0
     except KeyboardInterrupt:
         return 130
+    except torch.OutOfMemoryError:
+        error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
     except (ValueError, OSError) as problem:
         error = " ".join(str(problem).split())
-    except torch.OutOfMemoryError:
-        pass
     print(f"hydra.py: {error}", file=sys.stderr)
     return 2
 
