@@ -56,9 +56,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-
 # ------------------------------------------------------------------------------ 1 draft heads
-
 @dataclass
 class HydraConfig:
     """Which draft heads to build: Medusa, Hydra and Hydra++ differ in these five values only."""
@@ -119,6 +117,8 @@ class DraftHeads(nn.Module):
                                                   for part in (*drop, block))))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
+        self.usual_choices = [choice for choice in MC_SIM_7B_63  # as far as it fits
+                              if len(choice) <= config.num_heads and max(choice) < vocab]
         set_dtype(self.to(model.device).eval(), model.dtype)
 
     def forward(self, i, hidden, embeddings):
@@ -155,9 +155,7 @@ def make_prefix_layer(model):
             setattr(module, name, model.config.num_hidden_layers)  # 0 is the base's own layer
     return layer
 
-
 # -------------------------------------------------------------------------------------- 2 tree
-
 # The tree of the released code: for each expanded choice, how many of its best children are in it
 MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
     (): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1,
@@ -231,9 +229,7 @@ def require(condition, message):
     if not condition:
         raise ValueError(message)
 
-
 # ---------------------------------------------------------------------------- 3 tree attention
-
 def tree_attention_mask(parents):
     """Which node may attend to which: ancestors and itself.
 
@@ -267,9 +263,7 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
     visible = sights[:, kinds].transpose(0, 1)[:, None]                    # (B, 1, T, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
-
 # ---------------------------------------------------------------------------------- 4 drafting
-
 def draft_tree(heads, tree, root, hidden, embed):
     """Fill the tree with guesses, level by level, one head call per level.
 
@@ -287,9 +281,7 @@ def draft_tree(heads, tree, root, hidden, embed):
         tokens = torch.cat([tokens, guesses[:, place, rank]], dim=1)   # (B, nodes so far)
     return tokens
 
-
 # -------------------------------------------------------------------------------- 5 acceptance
-
 def longest_accepted_path(passes, tree, score=None):
     """The deepest node that passes together with all of its ancestors.
 
@@ -349,15 +341,12 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     node = longest_accepted_path(passes, tree, score=token_probs.log())
     return node, logits.argmax(-1).gather(1, node[:, None])[:, 0]
 
-
 # ---------------------------------------------------------------------------------- 6 KV cache
-
 class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T), and reads the first `live` slots; everything else is scratch.  The prefix
-    layer is one more layer.
+    it, at `slots` (B, T), and reads the first `live` slots.  The prefix layer is one more layer.
     """
     def __init__(self, num_slots):
         super().__init__(layers=[])
@@ -389,9 +378,7 @@ def commit_path(kv, length, path):
                       for slots in (source, target))
     kv.scatter_(2, target, kv.gather(2, source))
 
-
 # ------------------------------------------------------------------------------- 7 decode loop
-
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
@@ -430,6 +417,8 @@ class Decoder:
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
+        if self.cuda_graph:
+            self.step(tokens.shape[1] + 1)  # so that it is recorded; what it commits does not count
         for start in range(0, tokens.shape[1] - 1, 512):  # in pieces, so that masks stay small
             chunk = tokens[:, start:-1][:, :512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
@@ -437,43 +426,36 @@ class Decoder:
             self.read(chunk, places, places[:, None] >= places, start + chunk.shape[1])
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
-        if self.cuda_graph:
-            self.graph_for(tokens.shape[1] + 1)
         return self.advance(build_tree([]).to(tokens.device), tokens.shape[1])
 
     @torch.no_grad()
     def step(self, longest=None):
         """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,).
 
-        longest: how many tokens the longest row has, if the host knows; then attention reads that
-        many slots, rounded up to a power of two, and not the whole cache.
+        longest: the longest row's tokens, if known: only so many slots are read, as a power of two.
         """
+        live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
+        live = min(max(live, 256), self.cache.num_slots)
         if not self.cuda_graph:
-            return self.run(self, self.tree, self.live_slots(longest))
-        graph, result = self.graph_for(longest)
+            return self.run(self, self.tree, live)
+        if live not in self.graphs:
+            self.graphs[live] = self.capture(live)
+        graph, result = self.graphs[live]
         graph.replay()
         return result
 
-    def live_slots(self, longest):
-        """How many slots attention reads where the longest row has so many tokens; None: all."""
-        live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
-        return min(max(live, 256), self.cache.num_slots)
-
-    def graph_for(self, longest):
+    def capture(self, live):
         """The step as a CUDA graph.  Its warm-up commits nothing that counts: state is put back."""
-        live = self.live_slots(longest)
-        if live not in self.graphs:
-            state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
-            torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(3):
-                    self.run(self, self.tree, live)
-                for held, before in state:
-                    held.copy_(before)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.graphs[live] = graph, self.run(self, self.tree, live)
-        return self.graphs[live]
+        state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.run(self, self.tree, live)
+            for held, before in state:
+                held.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, self.run(self, self.tree, live)
 
     def advance(self, tree, live):
         """Draft, verify, accept and commit."""
@@ -510,11 +492,6 @@ class Decoder:
         # root d1 d2 d2 -> d1 d2 d2 root; the bonus token goes in behind the accepted drafts
         emitted = tokens.gather(1, path).roll(-1, dims=1)
         return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
-
-def usual_choices(heads):
-    """The released tree as far as these heads and their vocabulary reach."""
-    return [choice for choice in MC_SIM_7B_63 if max(choice) < heads.shape[0]
-            and len(choice) <= heads.config.num_heads]
 
 def check_fit(model, heads, tree, max_context):
     """Raise ValueError when the tree asks for more than heads and vocabulary have, and the like."""
@@ -583,7 +560,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tree, acceptance and context hold.  Returns an Output; ValueError names a bad argument.
     """
     if tree is None:
-        tree = decoder.tree if decoder else (heads.choices or usual_choices(heads)) if heads else []
+        tree = decoder.tree if decoder else heads.choices or heads.usual_choices if heads else []
     tree = tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
@@ -632,7 +609,6 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
 def generate_plain(model, input_ids, **options):
     """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
     return generate(model, None, input_ids, tree=[], **options)
-
 
 # --------------------------------------------------------------------------------- 8 training
 import argparse, contextlib, hashlib, json, os, random, re, sys, sysconfig, tempfile  # from here on
@@ -784,9 +760,7 @@ def fastest_tree(model, heads, written, width):
         return replay(ranks, tree.choices) / timer.timeit(20).mean
     return choices[:max((2, 4, 8, 12, 16, 24, 32, 48, 64), key=speed) - 1]
 
-
 # ----------------------------------------------------------------------------------- 9 models
-
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
@@ -809,7 +783,8 @@ def load(name=None, heads=None, device=None, dtype=None):
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         if name is None:
-            name = read_json(heads, "config.json")["base_model_name_or_path"] if heads else "demo"
+            file = heads and transformers.utils.cached_file(str(heads), "config.json")
+            name = json.loads(Path(file).read_text())["base_model_name_or_path"] if heads else "demo"
         recipe = BUILT_IN.get(name)
         if recipe:
             name = built_in_folder(name, device)
@@ -829,25 +804,20 @@ def load(name=None, heads=None, device=None, dtype=None):
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
-def read_json(path_or_repo, name, **options):
-    """What a JSON file of a folder or of a Hub repository holds."""
-    file = transformers.utils.cached_file(str(path_or_repo), name, **options)
-    return json.loads(Path(file).read_text()) if file else None
-
 def load_heads(path_or_repo, model):
     """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
-    get = read_json(path_or_repo, "config.json").get
+    fetch = partial(transformers.utils.cached_file, str(path_or_repo))
+    get = json.loads(Path(fetch("config.json")).read_text()).get
     arch = get("hydra_head_arch", "mlp")
     require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
             f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
     heads = DraftHeads(HydraConfig(get("hydra_num_heads", 4), get("hydra_num_layers", 1), get(
         "grounded_heads", False), arch == "prefix-mlp", get("dropout_rate", 0.0)), model)
-    heads.choices = read_json(path_or_repo, "tree.json",
-                              _raise_exceptions_for_missing_entries=False)
+    tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
+    heads.choices = json.loads(Path(tree).read_text()) if tree else None
     unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
     try:
-        file = transformers.utils.cached_file(str(path_or_repo), "hydra_lm_head.pt")
-        file = torch.load(file, map_location="cpu", weights_only=True)
+        file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
         file = {name: file[name] for name in file if not name.endswith(unused)}
         heads.load_state_dict(file)
     except Exception as error:  # truncated, hostile, or of another shape
@@ -895,16 +865,15 @@ def cut(ids, count, width, device):
 def make_heads(kind, model, texts, folder, num_heads=4, **options):
     """The heads of a kind in folder, with their tree; trained there, or further, if need be."""
     config, losses = KINDS[kind]
-    if (Path(folder) / "hydra_lm_head.pt").exists():
-        heads = load_heads(folder, model)
-    else:
-        heads = DraftHeads(HydraConfig(num_heads, **config), model)
+    saved = (Path(folder) / "hydra_lm_head.pt").exists()
+    heads = load_heads(folder, model) if saved else DraftHeads(HydraConfig(num_heads, **config),
+                                                               model)
     if heads.choices is None:  # the tree comes last
         train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
                     **losses, **options)
         prompts = cut(texts[1], 64, 32, model.device)
         written = generate_plain(model, prompts, max_new_tokens=128).sequences
-        heads.choices = fastest_tree(model, heads, written, prompts.shape[1])
+        heads.choices = fastest_tree(model, heads, written, 32)
         save_heads(heads, folder)
     return heads
 
@@ -951,9 +920,7 @@ def built_in_folder(name, device):
                 os.replace(Path(work) / name, folder)
     return folder
 
-
 # ---------------------------------------------------------------------------- 10 command line
-
 DECODING = ("max_new_tokens", "max_context", "accept", "temperature", "epsilon", "delta")
 TRAINING = ("steps", "batch_size", "seq_len", "lr")
 HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-grams  as plain"
@@ -1009,7 +976,7 @@ def study(args, model, tokenizer):
                            **training)
         on_real = head_ranks(model, heads, real)
         right = (on_real == 0).double().mean((0, 1)).tolist()
-        for name, choices in ((kind, heads.choices), (kind + ", mc_sim", usual_choices(heads))):
+        for name, choices in ((kind, heads.choices), (kind + ", mc_sim", heads.usual_choices)):
             outs = decode(heads, choices, rule)
             drawn = decode(heads, choices, partial(accept_sampling, temperature=1.0))
             ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))[:, 31:]
@@ -1027,37 +994,33 @@ def study(args, model, tokenizer):
         print(f"{name:44}{count / (time.perf_counter() - start):10.0f}")
 
 def run(args):
-    """Stream the text to standard output, the closing block to standard error; the exit code."""
+    """Stream the text to standard output, the figures behind it to standard error."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
     if args.train or args.compare:
         return study(args, model, tokenizer)
     chat = bool(tokenizer.chat_template) and not args.raw
-    prompts = args.prompt or ["What can I learn from trees?" if chat else "The for statement"]
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompts]
-    chats = [[{"role": "user", "content": text}] for text in prompts]
-    texts = (tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-             if chat else prompts)
+    text = args.prompt or ("What can I learn from trees?" if chat else "The try statement")
+    text = sys.stdin.read() if text == "-" else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
-    rows = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=bare).input_ids]
-    input_ids, mask = (nn.utils.rnn.pad_sequence(part, True).to(model.device)
-                       for part in (rows, [torch.ones_like(row) for row in rows]))
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=bare).input_ids], device=model.device)
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
     tree = named[args.tree] if args.tree in named else json.loads(Path(args.tree).read_text())
-    options = {"attention_mask": mask, "eos_token_id": model.generation_config.eos_token_id,
+    options = {"eos_token_id": model.generation_config.eos_token_id, "compile": args.compile,
                **{name: getattr(args, name) for name in DECODING}}
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     streamer = ColourStreamer if colour else transformers.TextStreamer
-    streamer = streamer(tokenizer, chat, skip_special_tokens=True) if len(rows) == 1 else None
+    streamer = streamer(tokenizer, chat, skip_special_tokens=True)
     torch.manual_seed(args.seed)
-    out = generate(model, heads, input_ids, tree=tree, streamer=streamer, **options)
-    for text, tokens in zip(prompts, [] if streamer else out.new_tokens):
-        print(text + tokenizer.decode(tokens, skip_special_tokens=True), end="\n\n")
+    out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
     torch.manual_seed(args.seed)
-    plain = generate_plain(model, input_ids, **options)
-    same = "identical to" if out.new_tokens == plain.new_tokens else "different from"
+    plain = generate_plain(model, ids, **options)
+    same = "identical to" if out.new_tokens == plain.new_tokens else "not"
+    same = "drawn otherwise than" if args.accept == "sampling" else same
     print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
-          f"output {'drawn otherwise than' if args.accept == 'sampling' else same} plain decoding's",
-          sep="\n", file=sys.stderr)
+          f"output {same} plain decoding's", sep="\n", file=sys.stderr)
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -1066,7 +1029,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", help="demo, demo-large, vicuna-7b, -13b, -33b, a folder, or a Hub id")
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
-    add("--prompt", nargs="+", help="several: a batch; -: standard input; None: one that fits")
+    add("--prompt", help="the text to go on with; -: standard input; None: one that fits")
     add("--raw", action="store_true", help="the prompt as it is, without a chat template")
     add("--seed", type=int, default=0, help="of sampling")
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
