@@ -17,9 +17,8 @@ longest path that the base model agrees with. Every decode step does the same:
                    prefix, its ancestors and itself (the tree attention mask), nothing else
         3 accept   the longest path whose every token is what the base model wanted there;
                    the base model's next token after that path is a free extra, the bonus token
-        4 commit   the accepted path's keys and values move up behind the prefix;
-                   length += accepted drafts + 1;  root = bonus token;  hidden = state at the
-                   last accepted node
+        4 commit   the accepted path's keys and values move up behind the prefix; root = bonus
+                   token; length += accepted drafts + 1; hidden = state at the last accepted node
 
 Medusa's head i sees hidden alone: it must guess the token at distance i + 2 without knowing which
 tokens stand in between. That one difference is `head_input` below, and it is the paper's idea.
@@ -42,9 +41,8 @@ number of tokens, CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i predicts token t + 2 + i. Contents: 1 draft heads, 2 tree,
-3 tree attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode loop, 8 training, 9 models, 10
-command line.
+position t predicts token t + 1, head i token t + 2 + i. Contents: 1 draft heads, 2 tree, 3 tree
+attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode loop, 8 training, 9 models, 10 command line.
 """
 import copy, inspect, math, time
 from collections import Counter
@@ -346,22 +344,21 @@ class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T), and reads the first `live` slots.  The prefix layer is one more layer.
+    it, at `slots` (B, T); everything further is scratch.  The prefix layer is one more layer.
     """
     def __init__(self, num_slots):
         super().__init__(layers=[])
-        self.num_slots, self.live, self.slots = num_slots, num_slots, None
+        self.num_slots, self.slots = num_slots, None
         self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
 
     def update(self, key, value, layer_idx, *_, **__):
-        """Write key and value (B, H, T, Dh) at `slots`; return that layer's live slots."""
+        """Write key and value (B, H, T, Dh) at `slots`; return all slots of that layer."""
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
             self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
                                   for new in (key, value)]
-        live = [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
-        for stored, new in zip(live, (key, value)):
+        for stored, new in zip(self.kv[layer_idx], (key, value)):
             stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return live
+        return self.kv[layer_idx]
 
 def commit_path(kv, length, path):
     """Move the accepted path's rows to the end of the committed prefix, in place.
@@ -399,11 +396,10 @@ class Decoder:
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=model.device)  # (B, D) what the heads see
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.graphs = {}  # by the number of live slots: a CUDA graph of the step, and its results
-        self.run = Decoder.advance
+        self.graph, self.run = None, Decoder.advance
         if compile:
             torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
-            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False)
+            self.run = torch.compile(Decoder.advance, fullgraph=True)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -417,62 +413,50 @@ class Decoder:
         # behind the row's length and is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        if self.cuda_graph:
-            self.step(tokens.shape[1] + 1)  # so that it is recorded; what it commits does not count
+        if self.cuda_graph and self.graph is None:
+            self.capture()
         for start in range(0, tokens.shape[1] - 1, 512):  # in pieces, so that masks stay small
             chunk = tokens[:, start:-1][:, :512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(start)
-            self.read(chunk, places, places[:, None] >= places, start + chunk.shape[1])
+            self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
-        return self.advance(build_tree([]).to(tokens.device), tokens.shape[1])
+        return self.advance(build_tree([]).to(tokens.device))
 
     @torch.no_grad()
-    def step(self, longest=None):
-        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,).
+    def step(self):
+        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,)."""
+        if self.graph is None:
+            return self.run(self, self.tree)
+        self.graph.replay()
+        return self.result
 
-        longest: the longest row's tokens, if known: only so many slots are read, as a power of two.
-        """
-        live = 1 << (longest + self.tree.num_nodes - 1).bit_length() if longest else math.inf
-        live = min(max(live, 256), self.cache.num_slots)
-        if not self.cuda_graph:
-            return self.run(self, self.tree, live)
-        if live not in self.graphs:
-            self.graphs[live] = self.capture(live)
-        graph, result = self.graphs[live]
-        graph.replay()
-        return result
-
-    def capture(self, live):
-        """The step as a CUDA graph.  Its warm-up commits nothing that counts: state is put back."""
-        state = [(held, held.clone()) for held in (self.length, self.root, self.hidden)]
+    def capture(self):
+        """Record the step as a CUDA graph; the warm-up spoils the state, so prefill comes after."""
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(3):
-                self.run(self, self.tree, live)
-            for held, before in state:
-                held.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            return graph, self.run(self, self.tree, live)
+                self.run(self, self.tree)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self.run(self, self.tree)
 
-    def advance(self, tree, live):
+    def advance(self, tree):
         """Draft, verify, accept and commit."""
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)
-        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask, live), tree)
+        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask), tree)
 
-    def read(self, tokens, depths, mask, live=None):
+    def read(self, tokens, depths, mask):
         """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
 
-        depths (T,), mask (T, T): of a tree or a chain.  live: how many slots attention reads.
-        Returns the base's logits (B, T, V) and what the heads see (B, T, D).
+        depths (T,), mask (T, T): of a tree or a chain.  Returns the base's logits (B, T, V) and
+        what the heads see (B, T, D).
         """
-        self.cache.live = live or self.cache.num_slots
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
-        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.live - 1)
-        mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
+        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
+        mask = mask_behind_prefix(mask, self.length, self.cache.num_slots, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
                      use_cache=True)
@@ -596,13 +580,12 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
                 streamer.put(torch.tensor(fresh[:stop]))
         running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
         if running:
-            result = decoder.step(max(lengths) + max(map(len, new)))
+            result = decoder.step()
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()
     pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
-    longest = max(map(len, new))
-    padded = torch.tensor([row + [pad] * (longest - len(row)) for row in new])
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
                   [steps[1:] for steps in emitted], new, seconds)
 
@@ -619,6 +602,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers.utils import cached_file
 
 KINDS = {  # the paper's recipes: what the heads are, and which losses they learn from
     "medusa": (dict(grounded=False), {}),
@@ -765,8 +749,8 @@ VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence 
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
 
-BUILT_IN = {  # a Llama's vocabulary, width, MLP width, layers, attention heads; how to train it; how
-    "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),  # heads
+BUILT_IN = {  # a Llama's vocabulary, widths, layers, attention heads; how it is trained, and its heads
+    "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
              dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
     "demo-large": ((8192, 768, 2048, 12, 12), dict(steps=1700, batch_size=64, seq_len=512, lr=1e-3),
                    dict(steps=800, batch_size=32, seq_len=512, lr=1e-3))}
@@ -783,11 +767,10 @@ def load(name=None, heads=None, device=None, dtype=None):
     dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         if name is None:
-            file = heads and transformers.utils.cached_file(str(heads), "config.json")
-            name = json.loads(Path(file).read_text())["base_model_name_or_path"] if heads else "demo"
-        recipe = BUILT_IN.get(name)
-        if recipe:
+            name = read_config(heads)["base_model_name_or_path"] if heads else "demo"
+        if name in BUILT_IN:
             name = built_in_folder(name, device)
+            heads = heads or name / "hydra++"
         elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
             name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -795,19 +778,17 @@ def load(name=None, heads=None, device=None, dtype=None):
             tokenizer.chat_template = VICUNA_PROMPT
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         model.to(device).eval()
-        if recipe and heads is None:
-            texts = torch.load(name / "texts.pt")
-            heads = make_heads("hydra++", model, texts, name / "hydra++", **recipe[2])
-        elif heads is not None:
-            heads = load_heads(heads, model)
-        return model, heads, tokenizer
+        return model, heads and load_heads(heads, model), tokenizer
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
+def read_config(path_or_repo):
+    """The config.json of draft heads."""
+    return json.loads(Path(cached_file(str(path_or_repo), "config.json")).read_text())
+
 def load_heads(path_or_repo, model):
     """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
-    fetch = partial(transformers.utils.cached_file, str(path_or_repo))
-    get = json.loads(Path(fetch("config.json")).read_text()).get
+    get, fetch = read_config(path_or_repo).get, partial(cached_file, str(path_or_repo))
     arch = get("hydra_head_arch", "mlp")
     require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
             f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
@@ -879,7 +860,7 @@ def make_heads(kind, model, texts, folder, num_heads=4, **options):
 
 def build(name, folder, device):
     """Train a built-in model: on part of Python's manual, or on the Python source found here."""
-    (vocab, width, inner, layers, attention_heads), options, _ = BUILT_IN[name]
+    (vocab, width, inner, layers, attention_heads), options, head_options = BUILT_IN[name]
     if name == "demo":
         names = """for while if try with class function import return raise break continue pass del
                    assert global nonlocal async lambda""".split()
@@ -905,6 +886,7 @@ def build(name, folder, device):
     for part in (tokenizer, model):
         part.save_pretrained(folder)
     torch.save(texts, folder / "texts.pt")
+    make_heads("hydra++", model, texts, folder / "hydra++", **head_options)
 
 def built_in_folder(name, device):
     """Where a built-in model lies in the user's cache; trained there first if it is missing."""
@@ -1056,12 +1038,10 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except torch.OutOfMemoryError:
-        error = "out of memory: lower --max-new-tokens, the number of prompts, or the --tree"
-    except (ValueError, OSError) as problem:
-        error = " ".join(str(problem).split())
-    print(f"hydra.py: {error}", file=sys.stderr)
-    return 2
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        more = "; lower --max-new-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"hydra.py: {' '.join(str(error).split())}{more}", file=sys.stderr)
+        return 2
 
 if __name__ == "__main__":
     sys.exit(main())
