@@ -41,19 +41,17 @@ number of tokens, CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i token t + 2 + i. Contents: 1 draft heads, 2 tree, 3 tree
-attention, 4 drafting, 5 acceptance, 6 KV cache, 7 decode loop, 8 training, 9 models, 10 command line.
+position t predicts token t + 1, head i token t + 2 + i. Sections 1 to 7 are the method, in the
+order in which it is understood; 8 to 10 train it, load real models and make it a command.
 """
 import copy, inspect, math, time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-
 # ------------------------------------------------------------------------------ 1 draft heads
 @dataclass
 class HydraConfig:
@@ -152,7 +150,6 @@ def make_prefix_layer(model):
         for name in {"layer_idx", "layer_id"} & vars(module).keys():
             setattr(module, name, model.config.num_hidden_layers)  # 0 is the base's own layer
     return layer
-
 # -------------------------------------------------------------------------------------- 2 tree
 # The tree of the released code: for each expanded choice, how many of its best children are in it
 MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
@@ -226,7 +223,6 @@ def require(condition, message):
     """Raise ValueError: every bad input ends here, with one line that says what to do."""
     if not condition:
         raise ValueError(message)
-
 # ---------------------------------------------------------------------------- 3 tree attention
 def tree_attention_mask(parents):
     """Which node may attend to which: ancestors and itself.
@@ -260,7 +256,6 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
     kinds = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)  # (B, S) 0 prefix, T + 1 free
     visible = sights[:, kinds].transpose(0, 1)[:, None]                    # (B, 1, T, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
 # ---------------------------------------------------------------------------------- 4 drafting
 def draft_tree(heads, tree, root, hidden, embed):
     """Fill the tree with guesses, level by level, one head call per level.
@@ -278,7 +273,6 @@ def draft_tree(heads, tree, root, hidden, embed):
         guesses = guesses.expand(-1, len(paths), -1)                   # (B, n, width), best first
         tokens = torch.cat([tokens, guesses[:, place, rank]], dim=1)   # (B, nodes so far)
     return tokens
-
 # -------------------------------------------------------------------------------- 5 acceptance
 def longest_accepted_path(passes, tree, score=None):
     """The deepest node that passes together with all of its ancestors.
@@ -288,8 +282,7 @@ def longest_accepted_path(passes, tree, score=None):
     largest sum wins, and without a score the first in node order.  Returns node (B,).
 
     >>> tree = build_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-    >>> T, F = True, False
-    >>> longest_accepted_path(torch.tensor([[T, T, F, F, T, T, T]]), tree)  # 3 breaks 6, 2 breaks 5
+    >>> longest_accepted_path(torch.tensor([[1, 1, 0, 0, 1, 1, 1]]).bool(), tree)  # 3 breaks 6
     tensor([4])
     """
     passes = passes | (tree.depths == 0)
@@ -335,10 +328,8 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
     threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)       # (B, N)
     token_probs = probs[:, tree.parents].gather(2, tokens[:, :, None])[:, :, 0]  # (B, N)
-    passes = token_probs > threshold[:, tree.parents]
-    node = longest_accepted_path(passes, tree, score=token_probs.log())
+    node = longest_accepted_path(token_probs > threshold[:, tree.parents], tree, token_probs.log())
     return node, logits.argmax(-1).gather(1, node[:, None])[:, 0]
-
 # ---------------------------------------------------------------------------------- 6 KV cache
 class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
@@ -374,7 +365,6 @@ def commit_path(kv, length, path):
     source, target = (slots[:, None, :, None].expand(-1, kv.shape[1], -1, kv.shape[3])
                       for slots in (source, target))
     kv.scatter_(2, target, kv.gather(2, source))
-
 # ------------------------------------------------------------------------------- 7 decode loop
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
@@ -409,8 +399,7 @@ class Decoder:
         token (B, 1), and ones (B,), as `step` does.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves to the right, so that every row starts at slot 0; what padding writes lies
-        # behind the row's length and is overwritten
+        # padding moves behind the row, where what it writes is overwritten: rows start at slot 0
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         if self.cuda_graph and self.graph is None:
@@ -496,11 +485,9 @@ def check_fit(model, heads, tree, max_context):
            if getattr(config, what, False) or getattr(model, what, False)]
     require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
             f"{config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
-    widest = max(tree.choices, key=lambda choice: choice[-1], default=[0])
-    require(widest[-1] < base[0], f"choice {widest} asks for rank {widest[-1]} of {base[0]} tokens")
+    require(tree.width <= base[0], f"the tree asks for rank {tree.width - 1} of {base[0]} tokens")
     limit = getattr(config, "max_position_embeddings", None) or max_context
-    require(0 < max_context <= limit,
-            f"max_context must lie between 1 and the model's {limit}, not at {max_context}")
+    require(0 < max_context <= limit, f"max_context must lie in 1 .. {limit}, not at {max_context}")
 
 def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance function of that name, its settings filled in."""
@@ -530,9 +517,8 @@ class Output:
 
 @torch.inference_mode()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
-             delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None,
-             attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False,
-             decoder=None):
+             delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None, decoder=None,
+             attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
     """Decode with draft heads; greedy and sampling give what plain decoding gives.
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
@@ -540,8 +526,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.  A row stops at
     EOS, after max_new_tokens, or with max_context tokens (default: as many as are needed, up to the
     model's longest).  streamer: of transformers, for B = 1; it gets the prompt, then each step's
-    tokens.  cuda_graph, compile: see Decoder.  decoder: one for as many rows, to be used again; its
-    tree, acceptance and context hold.  Returns an Output; ValueError names a bad argument.
+    tokens.  cuda_graph, compile: see Decoder.  decoder: one to use again; its settings hold.
+    Returns an Output; ValueError names a bad argument.
     """
     if tree is None:
         tree = decoder.tree if decoder else heads.choices or heads.usual_choices if heads else []
@@ -592,12 +578,10 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
 def generate_plain(model, input_ids, **options):
     """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
     return generate(model, None, input_ids, tree=[], **options)
-
 # --------------------------------------------------------------------------------- 8 training
-import argparse, contextlib, hashlib, json, os, random, re, sys, sysconfig, tempfile  # from here on
+import argparse, contextlib, json, os, random, re, sys, sysconfig, tempfile  # from here on
 from pathlib import Path
 from pydoc_data.topics import topics
-
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
@@ -605,8 +589,7 @@ from tqdm.auto import tqdm
 from transformers.utils import cached_file
 
 KINDS = {  # the paper's recipes: what the heads are, and which losses they learn from
-    "medusa": (dict(grounded=False), {}),
-    "hydra": ({}, {}),
+    "medusa": (dict(grounded=False), {}), "hydra": ({}, {}),
     "hydra++": (dict(num_layers=4, prefix_layer=True), dict(lm_weight=0.0, teacher_weight=1.0))}
 
 def read_base(model, heads, input_ids):
@@ -668,7 +651,7 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
     schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)
-    chance = torch.Generator().manual_seed(0)
+    chance = torch.Generator().manual_seed(0)  # of the windows
     bar = tqdm(range(steps), title, unit="token", unit_scale=batch_size * seq_len, disable=None)
     try:
         for step in bar:
@@ -710,9 +693,6 @@ def search_tree(ranks, num_nodes):
 
     ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it; returned are
     the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, smaller.
-
-    >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
-    [[0], [0, 0], [1]]
     """
     seen = Counter(tuple(row[:depth]) for row in ranks.tolist() for depth in range(1, len(row) + 1))
     best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))
@@ -734,22 +714,20 @@ def fastest_tree(model, heads, written, width):
     written (n, T): what the base writes greedily behind prompts of width tokens.
     """
     ranks = torch.cat([head_ranks(model, heads, part)[:, width - 1:] for part in written.split(8)])
-    choices = search_tree(ranks.flatten(0, 1), 64)
-
-    def speed(size):
-        tree = build_tree(choices[:size - 1])
+    speeds = {}
+    for size in (2, 4, 8, 12, 16, 24, 32, 48, 64):
+        tree = build_tree(search_tree(ranks.flatten(0, 1), size))
         decoder = Decoder(model, heads, tree, 1, written.shape[1])
         decoder.prefill(written[:1, :width])
         timer = Timer("step()", globals={"step": decoder.step}, num_threads=torch.get_num_threads())
-        return replay(ranks, tree.choices) / timer.timeit(20).mean
-    return choices[:max((2, 4, 8, 12, 16, 24, 32, 48, 64), key=speed) - 1]
-
+        speeds[replay(ranks, tree.choices) / timer.timeit(20).mean] = tree.choices
+    return speeds[max(speeds)]
 # ----------------------------------------------------------------------------------- 9 models
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
 
-BUILT_IN = {  # a Llama's vocabulary, widths, layers, attention heads; how it is trained, and its heads
+BUILT_IN = {  # a Llama's vocabulary, widths, layers, attention heads; training; training of heads
     "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
              dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
     "demo-large": ((8192, 768, 2048, 12, 12), dict(steps=1700, batch_size=64, seq_len=512, lr=1e-3),
@@ -764,10 +742,10 @@ def load(name=None, heads=None, device=None, dtype=None):
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
-    dtype = dtype or ("float32" if device.type == "cpu" else "auto")
     try:
         if name is None:
-            name = read_config(heads)["base_model_name_or_path"] if heads else "demo"
+            name = json.loads(Path(cached_file(str(heads), "config.json")).read_text())[
+                "base_model_name_or_path"] if heads else "demo"
         if name in BUILT_IN:
             name = built_in_folder(name, device)
             heads = heads or name / "hydra++"
@@ -776,19 +754,16 @@ def load(name=None, heads=None, device=None, dtype=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if "vicuna" in str(name).lower() and not tokenizer.chat_template:
             tokenizer.chat_template = VICUNA_PROMPT
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        model.to(device).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or ("float32" if device.type == "cpu" else "auto")).to(device).eval()
         return model, heads and load_heads(heads, model), tokenizer
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
-def read_config(path_or_repo):
-    """The config.json of draft heads."""
-    return json.loads(Path(cached_file(str(path_or_repo), "config.json")).read_text())
-
 def load_heads(path_or_repo, model):
     """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
-    get, fetch = read_config(path_or_repo).get, partial(cached_file, str(path_or_repo))
+    fetch = partial(cached_file, str(path_or_repo))
+    get = json.loads(Path(fetch("config.json")).read_text()).get
     arch = get("hydra_head_arch", "mlp")
     require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
             f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
@@ -874,8 +849,7 @@ def build(name, folder, device):
     bpe.train_from_iterator(texts[:4000], vocab_size=vocab, show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     texts = encode(tokenizer, texts)
-    if name == "demo":  # too short a text to hold part of it out
-        texts = [torch.cat(texts)] * 3
+    texts = [torch.cat(texts)] * 3 if name == "demo" else texts  # too short to hold a part out
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -883,16 +857,15 @@ def build(name, folder, device):
     fit(model, lambda ids, labels: model(ids, labels=labels).loss, texts[0], title=name,
         final_lr=0.1, **options)
     set_dtype(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    for part in (tokenizer, model):
-        part.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
     torch.save(texts, folder / "texts.pt")
     make_heads("hydra++", model, texts, folder / "hydra++", **head_options)
 
 def built_in_folder(name, device):
     """Where a built-in model lies in the user's cache; trained there first if it is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra"
-    recipe = repr(BUILT_IN[name]) + inspect.getsource(build)
-    folder = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = cache / f"{name}-1"  # another number where its recipe changes
     if not folder.exists():
         print(f"hydra.py: training the {name} model, once", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
@@ -901,7 +874,6 @@ def built_in_folder(name, device):
             with contextlib.suppress(OSError):  # another process may have been faster
                 os.replace(Path(work) / name, folder)
     return folder
-
 # ---------------------------------------------------------------------------- 10 command line
 DECODING = ("max_new_tokens", "max_context", "accept", "temperature", "epsilon", "delta")
 TRAINING = ("steps", "batch_size", "seq_len", "lr")
@@ -951,8 +923,8 @@ def study(args, model, tokenizer):
 
     rule = choose_acceptance(args.accept, args.temperature, args.epsilon, args.delta)
     plain = decode(None, [], rule)
-    print(HEADER + "  replayed  sampled  real text  first guesses right")
-    print(figures("plain", plain, plain))
+    print(f"{HEADER}  replayed  sampled  real text  first guesses right\n"
+          f"{figures('plain', plain, plain)}")
     for kind in KINDS if args.compare else [args.kind]:
         heads = make_heads(kind, model, texts, folder / kind if args.compare else folder,
                            **training)
@@ -965,15 +937,12 @@ def study(args, model, tokenizer):
             print(f"{figures(name, outs, plain)}{replay(ranks, choices):10.2f}"
                   f"{sum(out.tokens_per_step for out in drawn) / len(drawn):9.2f}"
                   f"{replay(on_real, choices):11.2f} ", *(f"{share:.0%}" for share in right))
-    for name, more in {"generate": {}, "prompt lookup": dict(prompt_lookup_num_tokens=10),
-                       "static cache": dict(cache_implementation="static")}.items():
-        library = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]),
-                          do_sample=False, **more)
-        library(prompts[:1], max_new_tokens=4)  # compiled, where it compiles
-        start = time.perf_counter()
-        count = sum(library(prompt[None], max_new_tokens=args.max_new_tokens).shape[1] - 32
-                    for prompt in prompts[:8])
-        print(f"{name:44}{count / (time.perf_counter() - start):10.0f}")
+    for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
+        call = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]), do_sample=False,
+                       max_new_tokens=args.max_new_tokens, **more)
+        timer = Timer("[call(prompt[None]) for prompt in prompts[:4]]", globals=locals())
+        rate = len(prompts[:4]) * args.max_new_tokens / timer.timeit(1).mean  # unless EOS came
+        print(f"model.generate {more or ''}".ljust(43), f"{rate:10.0f}")
 
 def run(args):
     """Stream the text to standard output, the figures behind it to standard error."""
@@ -981,8 +950,8 @@ def run(args):
     if args.train or args.compare:
         return study(args, model, tokenizer)
     chat = bool(tokenizer.chat_template) and not args.raw
-    text = args.prompt or ("What can I learn from trees?" if chat else "The try statement")
-    text = sys.stdin.read() if text == "-" else text
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt or (
+        "What can I learn from trees?" if chat else "The try statement")
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
@@ -1000,7 +969,6 @@ def run(args):
     torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
     same = "identical to" if out.new_tokens == plain.new_tokens else "not"
-    same = "drawn otherwise than" if args.accept == "sampling" else same
     print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
           f"output {same} plain decoding's", sep="\n", file=sys.stderr)
 
