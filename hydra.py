@@ -9,7 +9,6 @@ longest path that the base model agrees with. Every decode step does the same:
     length = number of committed tokens, whose keys and values are in the cache
     root   = the token that the base model has chosen but not yet read
     hidden = the base model's last hidden state, the one that predicted root
-
     repeat:
         1 draft    tokens of the tree below root: for each node of depth i, head i reads hidden
                    and the i+1 tokens on the path to it; its best guesses are the node's children
@@ -48,9 +47,8 @@ import copy, inspect, math, time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-import torch
+import torch, transformers
 import torch.nn.functional as F
-import transformers
 from torch import nn
 # ------------------------------------------------------------------------------ 1 draft heads
 @dataclass
@@ -82,7 +80,6 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
         self.res_connection = (nn.Identity() if width_in == width_out
                                else nn.Linear(width_in, width_out))
-
     def forward(self, x):
         return self.res_connection(x) + F.silu(self.linear(x))
 
@@ -125,9 +122,8 @@ class DraftHeads(nn.Module):
 
     def read_prefix(self, hidden, **where):
         """What the heads see in place of hidden (B, T, D); where: mask and cache, as the base."""
-        if not self.config.prefix_layer:
-            return hidden
-        return self.prefix_embeding_layer(inputs_embeds=hidden, **where).last_hidden_state
+        layer = self.prefix_embeding_layer
+        return layer(inputs_embeds=hidden, **where).last_hidden_state if layer else hidden
 
 def set_dtype(module, dtype):
     """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
@@ -341,7 +337,6 @@ class TreeCache(transformers.Cache):
         super().__init__(layers=[])
         self.num_slots, self.slots = num_slots, None
         self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
-
     def update(self, key, value, layer_idx, *_, **__):
         """Write key and value (B, H, T, Dh) at `slots`; return all slots of that layer."""
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
@@ -382,9 +377,8 @@ class Decoder:
         self.embed, self.max_context = model.get_input_embeddings(), max_context
         self.cache = TreeCache(max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
-        self.root = torch.zeros_like(self.length)       # (B,) chosen, not yet committed
-        self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
-                                  device=model.device)  # (B, D) what the heads see
+        self.root = torch.zeros_like(self.length)  # (B,) chosen, not yet committed
+        self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
         self.graph, self.run = None, Decoder.advance
         if compile:
@@ -472,8 +466,7 @@ def check_fit(model, heads, tree, max_context):
     base = tuple(model.get_output_embeddings().weight.shape)
     own, num_heads = (heads.shape, heads.config.num_heads) if heads else (base, 0)
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
-    require(depth <= num_heads, f"choice {tree.choices[-1:]} is {depth} deep but there are "
-            f"{num_heads} draft heads: cut the tree or train more heads")
+    require(depth <= num_heads, f"the tree is {depth} deep but there are {num_heads} draft heads")
     windows = [getattr(config, name, None)
                for name in ("sliding_window", "attention_chunk_size", "window_size")]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -493,8 +486,7 @@ def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance function of that name, its settings filled in."""
     require(temperature == 0 or 1e-5 <= temperature < math.inf,
             f"temperature must be 0 (greedy) or more, at least 1e-5, not {temperature}")
-    require(0 < epsilon <= 1 and 0 < delta <= 1,
-            f"epsilon and delta must lie in (0, 1], not at {epsilon} and {delta}")
+    require(0 < epsilon <= 1 and 0 < delta <= 1, f"{epsilon=} and {delta=} must lie in (0, 1]")
     rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, temperature=temperature),
              "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon,
                                 delta=delta)}
@@ -509,7 +501,6 @@ class Output:
     emitted: list            # for each row how many tokens each step gave, accepted drafts + 1
     new_tokens: list         # for each row its new tokens, without padding
     seconds: float           # wall-clock time of all steps, prefill left out
-
     @property
     def tokens_per_step(self):
         """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
@@ -709,10 +700,7 @@ def replay(ranks, choices):
     return tokens / max(steps, 1)
 
 def fastest_tree(model, heads, written, width):
-    """The choices with most replayed tokens per step for their measured step time on this device.
-
-    written (n, T): what the base writes greedily behind prompts of width tokens.
-    """
+    """The fastest choices on this device, for greedy text (n, T) behind prompts of width tokens."""
     ranks = torch.cat([head_ranks(model, heads, part)[:, width - 1:] for part in written.split(8)])
     speeds = {}
     for size in (2, 4, 8, 12, 16, 24, 32, 48, 64):
@@ -726,7 +714,6 @@ def fastest_tree(model, heads, written, width):
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
-
 BUILT_IN = {  # a Llama's vocabulary, widths, layers, attention heads; training; training of heads
     "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
              dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
@@ -799,12 +786,11 @@ def save_heads(heads, path):
 DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads), save_heads
 
 def read_texts(paths):
-    """Texts, none twice: files, a folder's files, the "text" of each line of JSONL."""
+    """Texts, none twice: files, and a folder's .txt, .md and .py files."""
     files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(
-        file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py", ".jsonl")))]
-    texts = [(file.suffix == ".jsonl", file.read_text("utf-8", "replace")) for file in files]
-    return list(dict.fromkeys(part for lines, text in texts for part in (
-        [json.loads(line)["text"] for line in text.splitlines()] if lines else [text])))
+        file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py")))]
+    require(files, "no text found: give files, or folders of .txt, .md or .py files")
+    return list(dict.fromkeys(file.read_text("utf-8", "replace") for file in files))
 
 def encode(tokenizer, texts):
     """Token ids of texts, one behind the other, in three: to train on, choose a tree, compare."""
@@ -907,6 +893,7 @@ def figures(name, outs, plain):
 def study(args, model, tokenizer):
     """Train heads of one kind, or of all to compare them: a line of figures for each tree."""
     name = args.model or "demo"
+    require(args.save or name in BUILT_IN and not args.train, "say --train TEXT --save FOLDER")
     folder = Path(args.save or built_in_folder(name, model.device))
     texts = encode(tokenizer, read_texts(args.train)) if args.train else torch.load(
         folder / "texts.pt")
@@ -995,15 +982,13 @@ def main(argv=None):
     for function, names in ((generate, DECODING), (fit, TRAINING)):
         group = parser.add_argument_group(f"as in {function.__name__}()", function.__doc__)
         for name in names:
-            default = inspect.signature(function).parameters[name].default
-            default = None if function is fit else default  # the recipe's own
+            default = generate.__wrapped__.__kwdefaults__.get(name)  # None: the model's own
             group.add_argument("--" + name.replace("_", "-"), default=default, help=" ",
                                type=float if name == "lr" else type(default or 0))
     args = parser.parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(args)
-        return 0
+        return run(args) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
