@@ -40,8 +40,7 @@ number of tokens, CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i token t + 2 + i. Sections 1 to 7 are the method, in the
-order in which it is understood; 8 to 10 train it, load real models and make it a command.
+position t predicts token t + 1, head i token t + 2 + i. Sections 8 to 10 train, load and run it.
 """
 import copy, inspect, math, time
 from collections import Counter
@@ -520,9 +519,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tokens.  cuda_graph, compile: see Decoder.  decoder: one to use again; its settings hold.
     Returns an Output; ValueError names a bad argument.
     """
-    if tree is None:
-        tree = decoder.tree if decoder else heads.choices or heads.usual_choices if heads else []
-    tree = tree if hasattr(tree, "paths") else build_tree(tree)
+    tree = heads.choices or heads.usual_choices if tree is None and heads else tree or []
+    tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
     require(mask.shape == input_ids.shape and min(lengths, default=0) > 0,
@@ -789,7 +787,6 @@ def read_texts(paths):
     """Texts, none twice: files, and a folder's .txt, .md and .py files."""
     files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(
         file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py")))]
-    require(files, "no text found: give files, or folders of .txt, .md or .py files")
     return list(dict.fromkeys(file.read_text("utf-8", "replace") for file in files))
 
 def encode(tokenizer, texts):
@@ -800,7 +797,7 @@ def encode(tokenizer, texts):
 
 def cut(ids, count, width, device):
     """At most count pieces of a text, (n, width), evenly spread."""
-    require(len(ids) >= width, f"the text is too short: {len(ids)} tokens where {width} are needed")
+    require(len(ids) >= width and count > 0, f"{len(ids)} held-out tokens are too few: more text")
     pieces = ids[:len(ids) // width * width].view(-1, width)
     return pieces[::max(1, len(pieces) // count)][:count].long().to(device)
 
@@ -810,6 +807,7 @@ def make_heads(kind, model, texts, folder, num_heads=4, **options):
     saved = (Path(folder) / "hydra_lm_head.pt").exists()
     heads = load_heads(folder, model) if saved else DraftHeads(HydraConfig(num_heads, **config),
                                                                model)
+    require(heads.config == HydraConfig(heads.config.num_heads, **config), f"{folder}: not {kind}")
     if heads.choices is None:  # the tree comes last
         train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
                     **losses, **options)
@@ -821,7 +819,7 @@ def make_heads(kind, model, texts, folder, num_heads=4, **options):
 
 def build(name, folder, device):
     """Train a built-in model: on part of Python's manual, or on the Python source found here."""
-    (vocab, width, inner, layers, attention_heads), options, head_options = BUILT_IN[name]
+    (vocab, width, inner, layers, attention), options, head_options = BUILT_IN[name]
     if name == "demo":
         names = """for while if try with class function import return raise break continue pass del
                    assert global nonlocal async lambda""".split()
@@ -839,9 +837,9 @@ def build(name, folder, device):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=attention_heads, bos_token_id=None, eos_token_id=None)).to(device)
-    fit(model, lambda ids, labels: model(ids, labels=labels).loss, texts[0], title=name,
-        final_lr=0.1, **options)
+        num_attention_heads=attention, bos_token_id=None, eos_token_id=None, name_or_path=name))
+    fit(model.to(device), lambda ids, labels: model(ids, labels=labels).loss, texts[0],
+        title=name, final_lr=0.1, **options)
     set_dtype(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -862,7 +860,7 @@ def built_in_folder(name, device):
     return folder
 # ---------------------------------------------------------------------------- 10 command line
 DECODING = ("max_new_tokens", "max_context", "accept", "temperature", "epsilon", "delta")
-TRAINING = ("steps", "batch_size", "seq_len", "lr")
+TRAINING = ("steps", "batch_size", "seq_len", "lr", "num_heads")
 HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-grams  as plain"
 
 class ColourStreamer(transformers.TextStreamer):
@@ -888,17 +886,18 @@ def figures(name, outs, plain):
     return (f"{name:16}{outs[0].tree.num_nodes:6}{sum(counts) / len(counts):13.2f}"
             f"{1000 * seconds * len(rows) / len(counts) / len(outs):9.2f}{rate:10.0f}"
             f"{rate / base:9.2f}{len(set(grams)) / max(len(grams), 1):9.0%}"
-            f"{sum(map(list.__eq__, rows, expected)):6}/{len(rows)}")
+            f"{f'{sum(map(list.__eq__, rows, expected))}/{len(rows)}':>10}")
 
 def study(args, model, tokenizer):
     """Train heads of one kind, or of all to compare them: a line of figures for each tree."""
     name = args.model or "demo"
-    require(args.save or name in BUILT_IN and not args.train, "say --train TEXT --save FOLDER")
+    require(args.save not in (None, name) if args.train else name in BUILT_IN,
+            "give --train TEXT and --save, a folder for the heads")
     folder = Path(args.save or built_in_folder(name, model.device))
     texts = encode(tokenizer, read_texts(args.train)) if args.train else torch.load(
         folder / "texts.pt")
     training = BUILT_IN.get(name, BUILT_IN["demo-large"])[-1] | {
-        option: getattr(args, option) for option in TRAINING if getattr(args, option)}
+        option: value for option in TRAINING if (value := getattr(args, option)) is not None}
     prompts, real = (cut(texts[2], count, width, model.device)
                      for count, width in ((args.num_prompts, 32), (32, 160)))
 
@@ -927,7 +926,8 @@ def study(args, model, tokenizer):
     for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
         call = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]), do_sample=False,
                        max_new_tokens=args.max_new_tokens, **more)
-        timer = Timer("[call(prompt[None]) for prompt in prompts[:4]]", globals=locals())
+        timer = Timer("[call(prompt[None]) for prompt in prompts[:4]]", globals=locals(),
+                      num_threads=torch.get_num_threads())
         rate = len(prompts[:4]) * args.max_new_tokens / timer.timeit(1).mean  # unless EOS came
         print(f"model.generate {more or ''}".ljust(43), f"{rate:10.0f}")
 
@@ -937,8 +937,9 @@ def run(args):
     if args.train or args.compare:
         return study(args, model, tokenizer)
     chat = bool(tokenizer.chat_template) and not args.raw
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt or (
+    text = args.prompt if args.prompt is not None else (
         "What can I learn from trees?" if chat else "The try statement")
+    text = sys.stdin.read() if text == "-" else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
@@ -955,9 +956,9 @@ def run(args):
     out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
     torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
-    same = "identical to" if out.new_tokens == plain.new_tokens else "not"
+    same = out.new_tokens == plain.new_tokens
     print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
-          f"output {same} plain decoding's", sep="\n", file=sys.stderr)
+          f"output {'identical to' if same else 'not'} plain decoding's", sep="\n", file=sys.stderr)
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -974,15 +975,14 @@ def main(argv=None):
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
     add("--compile", action="store_true", help="pass the step through torch.compile")
     add("--compare", action="store_true", help="train every kind of heads, print a table")
-    add("--train", nargs="+", help="text, JSONL or folders: train heads on it, print a table")
+    add("--train", nargs="+", help="text files or folders: train heads on it, print a table")
     add("--save", help="folder for the heads that are trained")
     add("--kind", choices=KINDS, default="hydra++", help="of the heads that are trained")
-    add("--num-heads", type=int, default=4, help="of the heads that are trained")
     add("--num-prompts", type=int, default=8, help="held-out prompts to decode for the table")
     for function, names in ((generate, DECODING), (fit, TRAINING)):
         group = parser.add_argument_group(f"as in {function.__name__}()", function.__doc__)
         for name in names:
-            default = generate.__wrapped__.__kwdefaults__.get(name)  # None: the model's own
+            default = getattr(inspect.signature(generate).parameters.get(name), "default", None)
             group.add_argument("--" + name.replace("_", "-"), default=default, help=" ",
                                type=float if name == "lr" else type(default or 0))
     args = parser.parse_args(argv)
