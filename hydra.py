@@ -785,8 +785,8 @@ DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads
 
 def read_texts(paths):
     """Texts, none twice: files, and a folder's .txt, .md and .py files."""
-    files = [file for path in map(Path, paths) for file in ([path] if path.is_file() else sorted(
-        file for file in path.rglob("*") if file.suffix in (".txt", ".md", ".py")))]
+    files = [file for path in map(Path, paths) for file in (sorted(path.rglob("*")) or [path])
+             if file == path or file.suffix in (".txt", ".md", ".py")]
     return list(dict.fromkeys(file.read_text("utf-8", "replace") for file in files))
 
 def encode(tokenizer, texts):

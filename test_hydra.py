@@ -1648,9 +1648,8 @@ def test_models_read_texts_from_files_and_folders(tmp_path):
     (tmp_path / "folder" / "g.md").write_bytes(b"\xff")
     assert hydra.read_texts([tmp_path / "a.rst", str(tmp_path / "folder")]) == [
         "a", "b\n\nb", "c", "d", "\ufffd"]
-    for nothing in (tmp_path / "absent.txt", tmp_path / "folder" / "empty"):
-        with pytest.raises(ValueError, match="no text"):
-            hydra.read_texts([nothing])
+    with pytest.raises(OSError, match="absent.txt"):
+        hydra.read_texts([tmp_path / "absent.txt"])
 
 
 def test_models_encode_and_cut_texts():
@@ -1662,7 +1661,7 @@ def test_models_encode_and_cut_texts():
     assert torch.cat(parts).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 700
     assert hydra.cut(torch.arange(45), 2, 10, "cpu").tolist() == [[*range(10)], [*range(20, 30)]]
     assert hydra.cut(torch.arange(45), 9, 20, "cpu").tolist() == [[*range(20)], [*range(20, 40)]]
-    with pytest.raises(ValueError, match="45 tokens where 46 are needed"):
+    with pytest.raises(ValueError, match="45 held-out tokens are too few"):
         hydra.cut(torch.arange(45), 1, 46, "cpu")
 
 
