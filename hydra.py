@@ -706,7 +706,7 @@ def fastest_tree(model, heads, written, width):
         decoder = Decoder(model, heads, tree, 1, written.shape[1])
         decoder.prefill(written[:1, :width])
         timer = Timer("step()", globals={"step": decoder.step}, num_threads=torch.get_num_threads())
-        speeds[replay(ranks, tree.choices) / timer.timeit(20).mean] = tree.choices
+        speeds[replay(ranks, tree.choices) / timer.blocked_autorange().median] = tree.choices
     return speeds[max(speeds)]
 # ----------------------------------------------------------------------------------- 9 models
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
@@ -926,9 +926,9 @@ def study(args, model, tokenizer):
     for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
         call = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]), do_sample=False,
                        max_new_tokens=args.max_new_tokens, **more)
-        timer = Timer("[call(prompt[None]) for prompt in prompts[:4]]", globals=locals(),
+        timer = Timer("[call(prompt[None]) for prompt in prompts[:2]]", globals=locals(),
                       num_threads=torch.get_num_threads())
-        rate = len(prompts[:4]) * args.max_new_tokens / timer.timeit(1).mean  # unless EOS came
+        rate = len(prompts[:2]) * args.max_new_tokens / timer.timeit(1).mean  # unless EOS came
         print(f"model.generate {more or ''}".ljust(43), f"{rate:10.0f}")
 
 def run(args):

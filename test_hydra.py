@@ -1400,7 +1400,7 @@ def test_training_fastest_tree_is_a_tree_for_these_heads():
 def test_training_fastest_tree_weighs_tokens_against_time(seconds, nodes, monkeypatch):
     def clock(code, globals, **_):  # in place of Timer
         size = globals["step"].__self__.tree.num_nodes
-        return SimpleNamespace(timeit=lambda number: SimpleNamespace(mean=seconds(size)))
+        return SimpleNamespace(blocked_autorange=lambda: SimpleNamespace(median=seconds(size)))
 
     monkeypatch.setattr(hydra, "Timer", clock)
     model, text, _, heads = trained("hydra")
