@@ -52,12 +52,12 @@ from torch import nn
 # ------------------------------------------------------------------------------ 1 draft heads
 @dataclass
 class HydraConfig:
-    """Which draft heads to build: Medusa, Hydra and Hydra++ differ in these five values only."""
+    """Which draft heads to build; section 8's KINDS says how Medusa, Hydra and Hydra++ differ."""
     num_heads: int = 4          # K, how many tokens below the root can be guessed
     num_layers: int = 1         # blocks in each head's MLP; Hydra++ has 4
     grounded: bool = True       # True is Hydra; False is Medusa, whose heads see no tokens
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
-    dropout: float = 0.0        # Hydra++ in training: before every block and every lm_head
+    dropout: float = 0.0        # needs prefix_layer; before every block and every lm_head
 
 def head_input(hidden, embeddings):
     """The paper's idea in one line: a head sees the hidden state *and* the tokens guessed so far.
@@ -91,7 +91,7 @@ class DraftHeads(nn.Module):
     def __init__(self, config, model):
         super().__init__()
         self.config, self.base_name = config, model.config.name_or_path
-        self.choices = None  # the tree these heads draft best, where one has been searched
+        self.choices = None  # of the fastest tree, where section 8 has searched one
         self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()
         self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)  # V, D
         for i in range(config.num_heads):
@@ -103,7 +103,7 @@ class DraftHeads(nn.Module):
             lm_head = nn.Linear(width, vocab)
             nn.init.zeros_(lm_head.bias)
             lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
-            # names as released; there only Hydra++ has dropout, and it counts as a layer
+            # names and indices as released, where only Hydra++ has Dropout modules
             drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
             self.hydra_mlp.append(nn.Sequential(*(part for block in blocks
                                                   for part in (*drop, block))))
@@ -120,7 +120,7 @@ class DraftHeads(nn.Module):
         return self.hydra_lm_head[i](self.hydra_mlp[i](hidden))
 
     def read_prefix(self, hidden, **where):
-        """What the heads see in place of hidden (B, T, D); where: mask and cache, as the base."""
+        """What the heads see in place of hidden (B, T, D); where: mask, positions, cache."""
         layer = self.prefix_embeding_layer
         return layer(inputs_embeds=hidden, **where).last_hidden_state if layer else hidden
 
@@ -408,7 +408,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self):
-        """One step, of fixed shapes and unread by the host: tokens (B, depth+1), counts (B,)."""
+        """One step: tokens (B, depth+1), of which the first counts (B,) are new; no host read."""
         if self.graph is None:
             return self.run(self, self.tree)
         self.graph.replay()
@@ -505,11 +505,11 @@ class Output:
         """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
         return sum(map(sum, self.emitted)) / max(sum(map(len, self.emitted)), 1)
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
              delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None, decoder=None,
              attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
-    """Decode with draft heads; greedy and sampling give what plain decoding gives.
+    """Decode with draft heads; greedy gives plain decoding's text, sampling its distribution.
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
     None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical" or
@@ -528,10 +528,10 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    max_context = (decoder.max_context if decoder else
-                   max_context or min(limit, max(lengths) + max_new_tokens))
-    require(max(lengths) <= max_context, f"the prompt has {max(lengths)} tokens but the context "
-            f"holds {max_context}: shorten it")
+    max_context = max_context or min(limit, max(lengths) + max_new_tokens)
+    max_context = decoder.max_context if decoder else max_context
+    require(not decoder or len(decoder.root) == len(lengths), "the decoder's batch size differs")
+    require(max(lengths) <= max_context, f"{max(lengths)} tokens exceed {max_context}: shorten it")
     accept = choose_acceptance(accept, temperature, epsilon, delta)
     decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, accept,
                                  cuda_graph=cuda_graph, compile=compile)
@@ -629,8 +629,8 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
         final_lr=0.33, title="", keep=lambda: None):
     """Minimise the sum of losses_of(ids, labels) over random windows (batch_size, seq_len).
 
-    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW on fp32
-    weights, bf16 autocast on CUDA, warm-up, cosine to final_lr * lr, gradients clipped at norm 1.
+    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW, fp32 weights,
+    bf16 autocast (but for fp32 on a CPU), warm-up, cosine to final_lr * lr, gradients clipped at 1.
     keep(): called now and then, at the end, on Ctrl-C.  Returns the losses of every 25th step.
     """
     require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
@@ -648,7 +648,7 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
             window = start + torch.arange(seq_len)
             ids, wanted = (text[window].long().to(device)
                            for text in (token_ids, token_ids if labels is None else labels))
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            with torch.autocast(device, torch.bfloat16, device == "cuda" or dtype != torch.float32):
                 losses = losses_of(ids, wanted)
             optimizer.zero_grad()
             losses.sum().backward()
@@ -877,7 +877,7 @@ class ColourStreamer(transformers.TextStreamer):
         super().on_finalized_text(f"\033[32m{text}\033[0m" if self.green else text, stream_end)
 
 def figures(name, outs, plain):
-    """A line under HEADER: what some prompts' Outputs show, beside those of plain decoding."""
+    """A line under HEADER: some prompts' Outputs against plain's; 4-grams: distinct ones' share."""
     rows, expected = ([row for out in some for row in out.new_tokens] for some in (outs, plain))
     grams = [tuple(row[k:k + 4]) for row in rows for k in range(len(row) - 3)]
     counts = [count for out in outs for row in out.emitted for count in row] or [0]
@@ -895,7 +895,7 @@ def study(args, model, tokenizer):
             "give --train TEXT and --save, a folder for the heads")
     folder = Path(args.save or built_in_folder(name, model.device))
     texts = encode(tokenizer, read_texts(args.train)) if args.train else torch.load(
-        folder / "texts.pt")
+        built_in_folder(name, model.device) / "texts.pt")
     training = BUILT_IN.get(name, BUILT_IN["demo-large"])[-1] | {
         option: value for option in TRAINING if (value := getattr(args, option)) is not None}
     prompts, real = (cut(texts[2], count, width, model.device)
@@ -916,11 +916,11 @@ def study(args, model, tokenizer):
                            **training)
         on_real = head_ranks(model, heads, real)
         right = (on_real == 0).double().mean((0, 1)).tolist()
-        for name, choices in ((kind, heads.choices), (kind + ", mc_sim", heads.usual_choices)):
+        for label, choices in ((kind, heads.choices), (kind + ", mc_sim", heads.usual_choices)):
             outs = decode(heads, choices, rule)
             drawn = decode(heads, choices, partial(accept_sampling, temperature=1.0))
             ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))[:, 31:]
-            print(f"{figures(name, outs, plain)}{replay(ranks, choices):10.2f}"
+            print(f"{figures(label, outs, plain)}{replay(ranks, choices):10.2f}"
                   f"{sum(out.tokens_per_step for out in drawn) / len(drawn):9.2f}"
                   f"{replay(on_real, choices):11.2f} ", *(f"{share:.0%}" for share in right))
     for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
@@ -928,7 +928,7 @@ def study(args, model, tokenizer):
                        max_new_tokens=args.max_new_tokens, **more)
         timer = Timer("[call(prompt[None]) for prompt in prompts[:2]]", globals=locals(),
                       num_threads=torch.get_num_threads())
-        rate = len(prompts[:2]) * args.max_new_tokens / timer.timeit(1).mean  # unless EOS came
+        rate = len(prompts[:2]) * args.max_new_tokens / timer.timeit(1).mean  # prefill is timed too
         print(f"model.generate {more or ''}".ljust(43), f"{rate:10.0f}")
 
 def run(args):
@@ -978,7 +978,7 @@ def main(argv=None):
     add("--train", nargs="+", help="text files or folders: train heads on it, print a table")
     add("--save", help="folder for the heads that are trained")
     add("--kind", choices=KINDS, default="hydra++", help="of the heads that are trained")
-    add("--num-prompts", type=int, default=8, help="held-out prompts to decode for the table")
+    add("--num-prompts", type=int, default=8, help="prompts to decode for the table")
     for function, names in ((generate, DECODING), (fit, TRAINING)):
         group = parser.add_argument_group(f"as in {function.__name__}()", function.__doc__)
         for name in names:
