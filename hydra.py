@@ -505,7 +505,7 @@ class Output:
         """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
         return sum(map(sum, self.emitted)) / max(sum(map(len, self.emitted)), 1)
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
              delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None, decoder=None,
              attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
@@ -629,8 +629,8 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
         final_lr=0.33, title="", keep=lambda: None):
     """Minimise the sum of losses_of(ids, labels) over random windows (batch_size, seq_len).
 
-    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW, fp32 weights,
-    bf16 autocast (but for fp32 on a CPU), warm-up, cosine to final_lr * lr, gradients clipped at 1.
+    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW on fp32
+    weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr, clipped gradients.
     keep(): called now and then, at the end, on Ctrl-C.  Returns the losses of every 25th step.
     """
     require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
