@@ -630,7 +630,7 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
     """Minimise the sum of losses_of(ids, labels) over random windows (batch_size, seq_len).
 
     token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW on fp32
-    weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr, clipped gradients.
+    weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr, clipping at 1.
     keep(): called now and then, at the end, on Ctrl-C.  Returns the losses of every 25th step.
     """
     require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
@@ -929,7 +929,7 @@ def study(args, model, tokenizer):
         timer = Timer("[call(prompt[None]) for prompt in prompts[:2]]", globals=locals(),
                       num_threads=torch.get_num_threads())
         rate = len(prompts[:2]) * args.max_new_tokens / timer.timeit(1).mean  # prefill is timed too
-        print(f"model.generate {more or ''}".ljust(43), f"{rate:10.0f}")
+        print(" ".join(["model.generate", *more]).ljust(43), f"{rate:10.0f}")
 
 def run(args):
     """Stream the text to standard output, the figures behind it to standard error."""
