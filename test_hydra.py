@@ -1810,7 +1810,7 @@ def test_command_line_compares_all_kinds(folder, text_file, tmp_path, capsys):
     assert code == 0 and methods(out) == [
         "method", "plain", "medusa", "medusa, mc_sim", "hydra", "hydra, mc_sim", "hydra++",
         "hydra++, mc_sim", *LIBRARY]
-    assert "prompt_lookup" in out.splitlines()[-2] and "static" in out.splitlines()[-1]
+    assert "prompt_lookup" in out.splitlines()[-2] and "cache_implementation" in out.splitlines()[-1]
     assert all(" 2/2" in line for line in out.splitlines()[1:8])
     for kind in KINDS:
         about = json.loads((tmp_path / kind / "config.json").read_text())
