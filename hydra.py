@@ -991,7 +991,7 @@ def main(argv=None):
         return run(args) or 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         more = "; lower --max-new-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
         print(f"hydra.py: {' '.join(str(error).split())}{more}", file=sys.stderr)
         return 2

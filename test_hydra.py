@@ -1834,7 +1834,8 @@ def test_command_line_compares_for_the_demo_beside_it(demo, text_file, tmp_path,
     (["--tree", "absent.json"], "absent.json"), (["--accept", "guess"], "accept must be one of"),
     (["--epsilon", "0"], "epsilon"), (["--temperature", "-1"], "temperature"),
     (["--heads", "absent"], "absent"), (["--model", "./absent"], "cannot load ./absent"),
-    (["--prompt", "the " * 200], "shorten it"), (["--train", __file__], "--save")])
+    (["--prompt", "the " * 200], "shorten it"), (["--train", __file__], "--save"),
+    (["--device", "abacus"], "abacus")])
 def test_command_line_says_what_is_wrong_in_one_line(folder, capsys, monkeypatch, args, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     common = ["--model", folder, "--heads", folder / "heads", "--device", "cpu"]
