@@ -375,8 +375,8 @@ class Decoder:
         self.accept = accept or accept_greedy
         self.embed, self.max_context = model.get_input_embeddings(), max_context
         self.cache = TreeCache(max_context + tree.num_nodes)
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # (B,) committed
-        self.root = torch.zeros_like(self.length)  # chosen, not committed; hidden (B, D): for the heads
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
+        self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
         self.graph, self.run = None, Decoder.advance  # unbound: no cycle delays freeing the graph
