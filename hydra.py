@@ -42,7 +42,7 @@ Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tok
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
 position t predicts token t + 1, head i token t + 2 + i. Sections 8 to 10 train, load and run it.
 """
-import copy, inspect, math, time
+import copy, inspect, math, time, warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -102,7 +102,8 @@ class DraftHeads(nn.Module):
             blocks = [first] + [shared] * (config.num_layers - 1)
             lm_head = nn.Linear(width, vocab)
             nn.init.zeros_(lm_head.bias)
-            lm_head.load_state_dict(model.get_output_embeddings().state_dict(), strict=False)
+            for own, base in zip(lm_head.parameters(), model.get_output_embeddings().parameters()):
+                own.data.copy_(whole(base))
             # names and indices as released, where only Hydra++ has Dropout modules
             drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
             self.hydra_mlp.append(nn.Sequential(*(part for block in blocks
@@ -123,6 +124,10 @@ class DraftHeads(nn.Module):
         """What the heads see in place of hidden (B, T, D); where: mask, positions, cache."""
         layer = self.prefix_embeding_layer
         return layer(inputs_embeds=hidden, **where).last_hidden_state if layer else hidden
+
+def whole(weight):
+    """A weight of the base, put together from its shards where several GPUs share the base."""
+    return getattr(weight, "full_tensor", weight.detach)()
 
 def set_dtype(module, dtype):
     """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
@@ -330,20 +335,22 @@ class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T); everything further is scratch.  The prefix layer is one more layer.
+    it, at `slots` (B, T), and reads the first `live` slots, in which all prefixes and trees fit.
+    What lies behind a row's tree is scratch.  The prefix layer is one more layer.
     """
     def __init__(self, num_slots):
         super().__init__(layers=[])
-        self.num_slots, self.slots = num_slots, None
+        self.num_slots, self.live, self.slots = num_slots, num_slots, None
         self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
     def update(self, key, value, layer_idx, *_, **__):
-        """Write key and value (B, H, T, Dh) at `slots`; return all slots of that layer."""
+        """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
         if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
             self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
                                   for new in (key, value)]
+        rows = torch.arange(len(key), device=key.device)[:, None]
         for stored, new in zip(self.kv[layer_idx], (key, value)):
-            stored.scatter_(2, self.slots[:, None, :, None].expand_as(new), new)
-        return self.kv[layer_idx]
+            stored[rows, :, self.slots] = new.transpose(1, 2)
+        return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
 
 def commit_path(kv, length, path):
     """Move the accepted path's rows to the end of the committed prefix, in place.
@@ -354,11 +361,10 @@ def commit_path(kv, length, path):
         prefix | sat  on  down  the  a  .  mat        path 0 1 4 -> slots 0 1 4 of the tree
         prefix   sat  on  a   | a    a  .  mat        length += 3, the rest is scratch
     """
+    rows = torch.arange(len(path), device=path.device)[:, None]            # (B, 1)
     source = length[:, None] + path                                        # (B, depth+1)
     target = length[:, None] + torch.arange(path.shape[1], device=path.device)
-    source, target = (slots[:, None, :, None].expand(-1, kv.shape[1], -1, kv.shape[3])
-                      for slots in (source, target))
-    kv.scatter_(2, target, kv.gather(2, source))
+    kv[rows, :, target] = kv[rows, :, source]                              # (B, depth+1, H, Dh)
 # ------------------------------------------------------------------------------- 7 decode loop
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
@@ -379,10 +385,10 @@ class Decoder:
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.graph, self.run = None, Decoder.advance  # unbound: no cycle delays freeing the graph
+        self.graphs, self.run = {}, Decoder.advance  # unbound: no cycle delays freeing the graphs
         if compile:
             torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
-            self.run = torch.compile(Decoder.advance, fullgraph=True)
+            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -395,8 +401,10 @@ class Decoder:
         # padding moves behind the row, where what it writes is overwritten: rows start at slot 0
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        if self.cuda_graph and self.graph is None:
-            self.capture()
+        self.longest = tokens.shape[1]
+        if self.cuda_graph:
+            self.step()  # records its graph while there is no state to spoil
+        self.cache.live = min(tokens.shape[1] + self.tree.num_nodes, self.cache.num_slots)
         for start in range(0, tokens.shape[1] - 1, 512):  # in pieces, so that masks stay small
             chunk = tokens[:, start:-1][:, :512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
@@ -409,20 +417,19 @@ class Decoder:
     @torch.no_grad()
     def step(self):
         """One step: tokens (B, depth+1), of which the first counts (B,) are new; no host read."""
-        if self.graph is None:
-            return self.run(self, self.tree)
-        self.graph.replay()
-        return self.result
-
-    def capture(self):
-        """Record the step as a CUDA graph; the warm-up spoils the state, so prefill comes after."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                self.run(self, self.tree)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.run(self, self.tree)
+        needed = self.longest + self.tree.num_nodes
+        live = self.cache.live = min(max(256, 1 << (needed - 1).bit_length()), self.cache.num_slots)
+        self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
+        if live in self.graphs:
+            self.graphs[live].replay()
+            return self.graphs[live].result
+        result = self.run(self, self.tree)  # the first of its kind: a graph's warm-up
+        if self.cuda_graph:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records the same step again, without running it
+                graph.result = self.run(self, self.tree)
+            self.graphs[live] = graph
+        return result
 
     def advance(self, tree):
         """Draft, verify, accept and commit."""
@@ -438,7 +445,7 @@ class Decoder:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # what padding would write behind the last slot goes into it: it is scratch
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
-        mask = mask_behind_prefix(mask, self.length, self.cache.num_slots, self.model.dtype)
+        mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
         where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
                      use_cache=True)
@@ -500,6 +507,7 @@ class Output:
     emitted: list            # for each row how many tokens each step gave, accepted drafts + 1
     new_tokens: list         # for each row its new tokens, without padding
     seconds: float           # wall-clock time of all steps, prefill left out
+    cache_bytes: int = 0     # of keys and values
     @property
     def tokens_per_step(self):
         """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
@@ -508,16 +516,18 @@ class Output:
 @torch.inference_mode()
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
              delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None, decoder=None,
-             attention_mask=None, streamer=None, max_context=None, cuda_graph=None, compile=False):
+             attention_mask=None, streamer=None, stopping_criteria=None, max_context=None,
+             cuda_graph=None, compile=False):
     """Decode with draft heads; greedy gives plain decoding's text, sampling its distribution.
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
-    None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical" or
-    "sampling"; temperature 0 is greedy.  eos_token_id: one id, several, or None.  A row stops at
-    EOS, after max_new_tokens, or with max_context tokens (default: as many as are needed, up to the
-    model's longest).  streamer: of transformers, for B = 1; it gets the prompt, then each step's
-    tokens.  cuda_graph, compile: see Decoder.  decoder: one to use again; its settings hold.
-    Returns an Output; ValueError names a bad argument.
+    None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical",
+    "sampling" (temperature 0 is greedy), or a rule as for Decoder.  eos_token_id: one id, several,
+    or None.  A row stops at EOS, after max_new_tokens, with max_context tokens (default: as many as
+    are needed, up to the model's longest), and where stopping_criteria, of transformers, say so.
+    streamer: of transformers, for B = 1; it gets the prompt, then each step's tokens.  cuda_graph,
+    compile: see Decoder.  decoder: one to use again; its settings hold.  Returns an Output;
+    ValueError names a bad argument.
     """
     tree = heads.choices or heads.usual_choices if tree is None and heads else tree or []
     tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
@@ -532,12 +542,12 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     max_context = decoder.max_context if decoder else max_context
     require(not decoder or len(decoder.root) == len(lengths), "the decoder's batch size differs")
     require(max(lengths) <= max_context, f"{max(lengths)} tokens exceed {max_context}: shorten it")
-    accept = choose_acceptance(accept, temperature, epsilon, delta)
-    decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, accept,
+    rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
+    decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,
                                  cuda_graph=cuda_graph, compile=compile)
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     room = [min(max_new_tokens, max_context - length) for length in lengths]
-    new, emitted = [[] for _ in lengths], [[] for _ in lengths]
+    new, emitted, prompts = [[] for _ in lengths], [[] for _ in lengths], input_ids.tolist()
     running = [row for row, tokens in enumerate(room) if tokens]
     if streamer:
         streamer.put(input_ids.cpu())
@@ -546,15 +556,19 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     start = time.perf_counter()
     while running:
         tokens, counts = (tensor.tolist() for tensor in result)  # the host's one look at a step
-        for row in running:
+        for row in list(running):
             emitted[row].append(counts[row])
-            fresh = tokens[row][:min(counts[row], room[row] - len(new[row]))]
-            stop = next((count for count, token in enumerate(fresh, 1) if token in eos), None)
-            new[row] += fresh[:stop]
+            before = len(new[row])
+            for token in tokens[row][:counts[row]]:
+                new[row].append(token)
+                if token in eos or len(new[row]) == room[row] or stopping_criteria and (
+                        stopping_criteria(torch.tensor([prompts[row] + new[row]]), None).all()):
+                    running.remove(row)
+                    break
             if streamer:
-                streamer.put(torch.tensor(fresh[:stop]))
-        running = [row for row in running if len(new[row]) < room[row] and new[row][-1] not in eos]
+                streamer.put(torch.tensor(new[row][before:]))
         if running:
+            decoder.longest = max(lengths[row] + len(new[row]) for row in running)
             result = decoder.step()
     seconds = time.perf_counter() - start
     if streamer:
@@ -562,7 +576,8 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
-                  [steps[1:] for steps in emitted], new, seconds)
+                  [steps[1:] for steps in emitted], new, seconds,
+                  sum(part.nbytes for part in sum(decoder.cache.kv.values(), [])))
 
 def generate_plain(model, input_ids, **options):
     """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
@@ -572,7 +587,6 @@ import argparse, contextlib, json, os, random, re, sys, sysconfig, tempfile  # f
 from pathlib import Path
 from pydoc_data.topics import topics
 from tokenizers import ByteLevelBPETokenizer
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
@@ -599,7 +613,6 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
     Returns (K,), each head's mean over what counts.  Paper: 3 and 4.
     """
     labels = input_ids if labels is None else labels
-
     def loss(i):
         path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)  # (B, T-2-i, i+1, D)
         logits = heads(i, hidden[:, :-2 - i], path).flatten(0, 1).float()
@@ -619,19 +632,18 @@ def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, *
 
     options: as for `fit`, at least steps.  Returns its history: K losses each.  Paper: 3, 4.
     """
-    def losses(ids, labels):
+    def losses(ids):
         hidden, embeddings, logits = read_base(model, heads, ids)
-        return head_losses(heads, hidden, embeddings, ids, logits, labels, lm_weight=lm_weight,
+        return head_losses(heads, hidden, embeddings, ids, logits, lm_weight=lm_weight,
                            teacher_weight=teacher_weight)
     return fit(heads, losses, token_ids, **options)
 
-def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, labels=None,
-        final_lr=0.33, title="", keep=lambda: None):
-    """Minimise the sum of losses_of(ids, labels) over random windows (batch_size, seq_len).
+def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, final_lr=0.33,
+        title="", keep=lambda: None):
+    """Minimise the sum of losses_of(ids) over random windows (batch_size, seq_len) of a text (M,).
 
-    token_ids, labels (M,): one long text; labels -100 where no loss is wanted.  AdamW on fp32
-    weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr, clipping at 1.
-    keep(): called now and then, at the end, on Ctrl-C.  Returns the losses of every 25th step.
+    AdamW on fp32 weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr,
+    clipping at 1.  keep(): called at the end or on Ctrl-C.  Returns the losses of every 25th step.
     """
     require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
     parameters, history = list(module.parameters()), []
@@ -645,11 +657,9 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
     try:
         for step in bar:
             start = torch.randint(len(token_ids) - seq_len + 1, (batch_size, 1), generator=chance)
-            window = start + torch.arange(seq_len)
-            ids, wanted = (text[window].long().to(device)
-                           for text in (token_ids, token_ids if labels is None else labels))
+            ids = token_ids[start + torch.arange(seq_len)].long().to(device)
             with torch.autocast(device, torch.bfloat16, device == "cuda" or dtype != torch.float32):
-                losses = losses_of(ids, wanted)
+                losses = losses_of(ids)
             optimizer.zero_grad()
             losses.sum().backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -658,8 +668,6 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
             if step % 25 == 0 or step == steps - 1:
                 history.append(losses.tolist())
                 bar.set_postfix(loss=history[-1])
-            if step % 500 == 499:
-                keep()
     finally:
         set_dtype(module.eval(), dtype)
         keep()
@@ -697,17 +705,14 @@ def replay(ranks, choices):
             place, steps, tokens = place + emitted, steps + 1, tokens + emitted
     return tokens / max(steps, 1)
 
-def fastest_tree(model, heads, written, width):
-    """The fastest choices on this device, for greedy text (n, T) behind prompts of width tokens."""
-    ranks = torch.cat([head_ranks(model, heads, part)[:, width - 1:] for part in written.split(8)])
-    speeds = {}
-    for size in (2, 4, 8, 12, 16, 24, 32, 48, 64):
-        tree = build_tree(search_tree(ranks.flatten(0, 1), size))
-        decoder = Decoder(model, heads, tree, 1, written.shape[1])
-        decoder.prefill(written[:1, :width])
-        timer = Timer("step()", globals={"step": decoder.step}, num_threads=torch.get_num_threads())
-        speeds[replay(ranks, tree.choices) / timer.blocked_autorange().median] = tree.choices
-    return speeds[max(speeds)]
+def fastest_tree(model, heads, prompts):
+    """The choices with which this device decodes prompts (n, T) fastest, greedily, one by one."""
+    written = generate_plain(model, prompts, max_new_tokens=128).sequences
+    ranks = torch.cat([head_ranks(model, heads, part)[:, prompts.shape[1] - 1:]
+                       for part in written.split(8)]).flatten(0, 1)
+    trees = [search_tree(ranks, size) for size in (2, 4, 8, 12, 16, 24, 32, 48, 64)]
+    return min(trees, key=lambda tree: sum(
+        generate(model, heads, prompt, tree=tree).seconds for prompt in prompts[:4].split(1)))
 # ----------------------------------------------------------------------------------- 9 models
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
@@ -739,9 +744,11 @@ def load(name=None, heads=None, device=None, dtype=None):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if "vicuna" in str(name).lower() and not tokenizer.chat_template:
             tokenizer.chat_template = VICUNA_PROMPT
+        dtype = dtype or ("float32" if device.type == "cpu" else "auto")
+        shards = transformers.distributed.DistributedConfig(tp_plan="auto")  # torchrun's processes
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or ("float32" if device.type == "cpu" else "auto")).to(device).eval()
-        return model, heads and load_heads(heads, model), tokenizer
+            name, dtype=dtype, distributed_config=shards if "RANK" in os.environ else None)
+        return model.to(device).eval(), heads and load_heads(heads, model), tokenizer
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
@@ -757,8 +764,11 @@ def load_heads(path_or_repo, model):
     tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
     heads.choices = json.loads(Path(tree).read_text()) if tree else None
     unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
+    embed = whole(model.get_input_embeddings().weight)
     try:
         file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
+        if not torch.equal(file.get(unused[0], embed).to(embed), embed):
+            warnings.warn(f"{path_or_repo} was trained for a base with other embeddings")
         file = {name: file[name] for name in file if not name.endswith(unused)}
         heads.load_state_dict(file)
     except Exception as error:  # truncated, hostile, or of another shape
@@ -780,7 +790,6 @@ def save_heads(heads, path):
     (path / "tree.json.part").write_text(json.dumps(heads.choices))
     for part in path.glob("*.part"):
         os.replace(part, part.with_suffix(""))  # each file is whole, or it is not there
-
 DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads), save_heads
 
 def read_texts(paths):
@@ -811,9 +820,7 @@ def make_heads(kind, model, texts, folder, num_heads=4, **options):
     if heads.choices is None:  # the tree comes last
         train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
                     **losses, **options)
-        prompts = cut(texts[1], 64, 32, model.device)
-        written = generate_plain(model, prompts, max_new_tokens=128).sequences
-        heads.choices = fastest_tree(model, heads, written, 32)
+        heads.choices = fastest_tree(model, heads, cut(texts[1], 64, 32, model.device))
         save_heads(heads, folder)
     return heads
 
@@ -838,7 +845,7 @@ def build(name, folder, device):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=attention, bos_token_id=None, eos_token_id=None, name_or_path=name))
-    fit(model.to(device), lambda ids, labels: model(ids, labels=labels).loss, texts[0],
+    fit(model.to(device), lambda ids: model(ids, labels=ids).loss, texts[0],
         title=name, final_lr=0.1, **options)
     set_dtype(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer.save_pretrained(folder)
@@ -866,15 +873,14 @@ HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-gra
 class ColourStreamer(transformers.TextStreamer):
     """Prints text word by word; a word is green when its last token is an accepted draft."""
     green = False
-
     def put(self, value):
         pieces = value if value.dim() == 2 else value.split(1)  # the prompt, or a step's tokens
         for place, piece in enumerate(pieces, start=1):
             super().put(piece)  # prints the word before, in the last token's colour
             self.green = place < len(pieces)
-
     def on_finalized_text(self, text, stream_end=False):
-        super().on_finalized_text(f"\033[32m{text}\033[0m" if self.green else text, stream_end)
+        colour = self.green and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        super().on_finalized_text(f"\033[32m{text}\033[0m" if colour else text, stream_end)
 
 def figures(name, outs, plain):
     """A line under HEADER: some prompts' Outputs against plain's; 4-grams: distinct ones' share."""
@@ -900,45 +906,34 @@ def study(args, model, tokenizer):
         option: value for option in TRAINING if (value := getattr(args, option)) is not None}
     prompts, real = (cut(texts[2], count, width, model.device)
                      for count, width in ((args.num_prompts, 32), (32, 160)))
-
     def decode(heads, choices, rule):
         decoder = Decoder(model, heads, build_tree(choices), 1, 32 + args.max_new_tokens, rule,
-                          compile=args.compile)
+                          compile=args.compile, cuda_graph=args.cuda_graph)
         return [generate(model, heads, prompt[None], max_new_tokens=args.max_new_tokens,
                          decoder=decoder) for prompt in prompts]
-
     rule = choose_acceptance(args.accept, args.temperature, args.epsilon, args.delta)
     plain = decode(None, [], rule)
-    print(f"{HEADER}  replayed  sampled  real text  first guesses right\n"
-          f"{figures('plain', plain, plain)}")
+    print(f"{HEADER}  sampled  real text\n{figures('plain', plain, plain)}")
     for kind in KINDS if args.compare else [args.kind]:
         heads = make_heads(kind, model, texts, folder / kind if args.compare else folder,
                            **training)
         on_real = head_ranks(model, heads, real)
-        right = (on_real == 0).double().mean((0, 1)).tolist()
         for label, choices in ((kind, heads.choices), (kind + ", mc_sim", heads.usual_choices)):
             outs = decode(heads, choices, rule)
             drawn = decode(heads, choices, partial(accept_sampling, temperature=1.0))
-            ranks = head_ranks(model, heads, torch.cat([out.sequences for out in outs]))[:, 31:]
-            print(f"{figures(label, outs, plain)}{replay(ranks, choices):10.2f}"
-                  f"{sum(out.tokens_per_step for out in drawn) / len(drawn):9.2f}"
-                  f"{replay(on_real, choices):11.2f} ", *(f"{share:.0%}" for share in right))
-    for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
-        call = partial(model.generate, attention_mask=torch.ones_like(prompts[:1]), do_sample=False,
-                       max_new_tokens=args.max_new_tokens, **more)
-        timer = Timer("[call(prompt[None]) for prompt in prompts[:2]]", globals=locals(),
-                      num_threads=torch.get_num_threads())
-        rate = len(prompts[:2]) * args.max_new_tokens / timer.timeit(1).mean  # prefill is timed too
-        print(" ".join(["model.generate", *more]).ljust(43), f"{rate:10.0f}")
+            sampled = sum(out.tokens_per_step for out in drawn) / len(drawn)
+            print(f"{figures(label, outs, plain)}{sampled:9.2f}{replay(on_real, choices):11.2f}")
 
 def run(args):
     """Stream the text to standard output, the figures behind it to standard error."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
     if args.train or args.compare:
         return study(args, model, tokenizer)
+    if not heads:
+        print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
-    text = args.prompt if args.prompt is not None else (
-        "What can I learn from trees?" if chat else "The try statement")
+    default = "What can I learn from trees?" if chat else "The try statement"
+    text = default if args.prompt is None else args.prompt
     text = sys.stdin.read() if text == "-" else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
@@ -947,17 +942,19 @@ def run(args):
     ids = torch.tensor([tokenizer(text, add_special_tokens=bare).input_ids], device=model.device)
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
     tree = named[args.tree] if args.tree in named else json.loads(Path(args.tree).read_text())
-    options = {"eos_token_id": model.generation_config.eos_token_id, "compile": args.compile,
-               **{name: getattr(args, name) for name in DECODING}}
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    streamer = ColourStreamer if colour else transformers.TextStreamer
-    streamer = streamer(tokenizer, chat, skip_special_tokens=True)
+    options = {name: getattr(args, name) for name in (*DECODING, "compile", "cuda_graph")}
+    options["eos_token_id"] = model.generation_config.eos_token_id
+    streamer = ColourStreamer(tokenizer, chat, skip_special_tokens=True)
     torch.manual_seed(args.seed)
     out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
     torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
     same = out.new_tokens == plain.new_tokens
+    weights, drafts = (sum(part.nbytes for part in module.parameters()) if module else 0
+                       for module in (model, heads))
     print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
+          f"MiB: base {weights >> 20}, heads {drafts >> 20}, cache {out.cache_bytes >> 20}, "
+          f"peak on the GPU {torch.cuda.max_memory_allocated() >> 20}",
           f"output {'identical to' if same else 'not'} plain decoding's", sep="\n", file=sys.stderr)
 
 def main(argv=None):
@@ -973,6 +970,7 @@ def main(argv=None):
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
+    add("--no-cuda-graph", action="store_const", const=False, dest="cuda_graph", help="eager steps")
     add("--compile", action="store_true", help="pass the step through torch.compile")
     add("--compare", action="store_true", help="train every kind of heads, print a table")
     add("--train", nargs="+", help="text files or folders: train heads on it, print a table")
@@ -986,6 +984,8 @@ def main(argv=None):
             group.add_argument("--" + name.replace("_", "-"), default=default, help=" ",
                                type=float if name == "lr" else type(default or 0))
     args = parser.parse_args(argv)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     transformers.utils.logging.disable_progress_bar()
     try:
         return run(args) or 0
