@@ -388,7 +388,8 @@ class Decoder:
         self.graphs, self.run = {}, Decoder.advance  # unbound: no cycle delays freeing the graphs
         if compile:
             torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
-            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False)
+            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False, options={
+                "coordinate_descent_tuning": tree.num_nodes == 1})  # pays for single tokens only
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
@@ -933,8 +934,8 @@ def run(args):
         print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
     default = "What can I learn from trees?" if chat else "The try statement"
-    text = default if args.prompt is None else args.prompt
-    text = sys.stdin.read() if text == "-" else text
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = default if text is None else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
@@ -950,10 +951,9 @@ def run(args):
     torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
     same = out.new_tokens == plain.new_tokens
-    weights, drafts = (sum(part.nbytes for part in module.parameters()) if module else 0
-                       for module in (model, heads))
+    size = lambda module: sum(part.nbytes for part in module.parameters()) >> 20 if module else 0
     print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
-          f"MiB: base {weights >> 20}, heads {drafts >> 20}, cache {out.cache_bytes >> 20}, "
+          f"MiB: base {size(model)}, heads {size(heads)}, cache {out.cache_bytes >> 20}, "
           f"peak on the GPU {torch.cuda.max_memory_allocated() >> 20}",
           f"output {'identical to' if same else 'not'} plain decoding's", sep="\n", file=sys.stderr)
 

@@ -11,6 +11,7 @@
     python test_hydra.py --handout > my_solution.py    hydra.py with the exercises left blank
     python test_hydra.py --grade my_solution.py        10 points for each exercise that passes
                                                        all of its tests; --json prints JSON
+    python test_hydra.py --steps                       what a decode step costs on this machine
 
 An exercise's tests carry its name. Expected values come from literals, from slow loops written
 straight from the definitions, and from `model.generate`, never from the function under test.
@@ -47,6 +48,7 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 from torch.testing import assert_close
+from torch.utils.benchmark import Timer
 
 hydra = importlib.import_module(os.environ.get("HYDRA", "hydra"))
 reference = importlib.import_module(os.environ["HYDRA_REF"]) if "HYDRA_REF" in os.environ else None
@@ -2083,18 +2085,120 @@ def test_grading_says_why_a_file_cannot_be_imported(source, seconds, note):
     assert why.startswith("cannot be imported: ") and why.endswith(note) and "\n" not in why
 
 
+# --------------------------------------------------------------------------------- step times
+
+STEPS = "batch  nodes   slots  ms/step  with host read   GB read  GB/s  of copying  pays above"
+
+
+def random_7b(device):
+    """A base of Vicuna-7B's shapes and Hydra++ heads, with random weights; nothing to download."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig()).eval()  # its defaults
+        heads = hydra.DraftHeads(hydra.HydraConfig(**hydra.KINDS["hydra++"][0]), model)
+    torch.set_default_dtype(torch.float32)
+    return model, heads
+
+
+def seconds(call, repeats=5, number=10):
+    """Median seconds of a call; on a GPU the wait for it is in there, once in number calls."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer.timeit(2)
+    return sorted(timer.timeit(number).mean for _ in range(repeats))[repeats // 2]
+
+
+@torch.inference_mode()
+def print_steps(model, heads, batches, sizes, committed=256, context=2048, compile=False,
+                cuda_graph=None):
+    """Print what one step costs, for batches and trees, and what the library's own loops cost.
+
+    A step reads the weights of base and heads once; copying as many bytes is what it is measured
+    against.  pays above: how many tokens per step a tree has to give to beat plain decoding.
+    """
+    device, plain = model.device, {}
+    size = 2 ** (30 if device.type == "cuda" else 26)
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(block)
+    speed = 2 * len(block) / seconds(lambda: target.copy_(block))
+    on_gpu = device.type == "cuda"
+    how = ["compiled"] * compile + ["CUDA graph"] * (on_gpu and cuda_graph is not False)
+    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {model.dtype}, {committed} tokens "
+          f"committed of {context}, step: {', '.join(how) or 'eager'}; copying: "
+          f"{speed / 1e9:.0f} GB/s\n{STEPS}")
+    del block, target
+    best = sorted(hydra.MC_SIM_7B_63, key=lambda choice: (sum(choice), len(choice)))
+    depth = heads.config.num_heads
+    best = [choice for choice in best if len(choice) <= depth]
+    embedding = sum(weight.nbytes for weight in model.get_input_embeddings().parameters())
+    prompt = torch.randint(model.config.vocab_size, (1, committed), device=device)
+    for batch, size in itertools.product(batches, sizes):
+        used = heads if size > 1 else None
+        decoder = hydra.Decoder(model, used, hydra.build_tree(best[:size - 1]), batch, context,
+                                compile=compile, cuda_graph=cuda_graph)
+        decoder.prefill(prompt.expand(batch, -1))
+
+        def step(read=lambda result: None):
+            decoder.longest = committed  # the bucket stays, whatever is accepted
+            read(decoder.step())
+
+        bare = seconds(step)
+        decoder.length.fill_(committed)
+        read = seconds(partial(step, lambda result: [part.tolist() for part in result]))
+        plain.setdefault(batch, bare)
+        weights = sum(part.nbytes for module in (model, used) if module
+                      for part in module.parameters()) - embedding
+        print(f"{batch:5}{size:7}{decoder.cache.live:8}{1e3 * bare:9.2f}{1e3 * read:16.2f}"
+              f"{weights / 1e9:10.2f}{weights / bare / 1e9:6.0f}{weights / bare / speed:12.0%}"
+              f"{bare / plain[batch]:12.2f}", flush=True)
+        decoder = step = None
+    for more in {}, {"prompt_lookup_num_tokens": 10}, {"cache_implementation": "static"}:
+        ids = prompt[:, :32]
+        call = partial(model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                       max_new_tokens=32, min_new_tokens=32, **more)
+        print(f"{' '.join(['model.generate', *more]):48}{1e3 * seconds(call, 1, 1) / 32:8.2f} ms a "
+              "token, batch 1, 32 new tokens", flush=True)
+
+
+def test_steps_table_has_a_line_for_each_batch_and_tree(capsys):
+    model = base("llama", max_position_embeddings=400)
+    print_steps(model, make_heads("hydra++", model), [1, 2], [1, 8], 16, 300)
+    about, header, *rows = capsys.readouterr().out.splitlines()
+    assert about.startswith("CPU, torch.float32, 16 tokens committed of 300, step: eager;")
+    assert header == STEPS
+    assert [row.split()[:3] for row in rows[:4]] == [
+        [batch, nodes, "256"] for batch in "12" for nodes in "18"]
+    assert [row.split()[-1] == "1.00" for row in rows[:4]] == [True, False] * 2
+    assert [row.split()[0] for row in rows[4:]] == ["model.generate"] * 3
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py; "
-                                     "the tests themselves: pytest.")
+    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py, or "
+                                     "time its steps; the tests themselves: pytest.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--handout", action="store_true", help="print hydra.py without the answers")
     what.add_argument("--grade", metavar="FILE", help="print the points of a filled-in handout")
     parser.add_argument("--json", action="store_true", help="one JSON object, for an autograder")
     parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS",
                         help="for each exercise, start-up included (default: 60)")
+    what.add_argument("--steps", action="store_true", help="print what a decode step costs here; "
+                      "without --model: with random weights of Vicuna-7B's shapes")
+    timed = parser.add_argument_group("for --steps")
+    timed.add_argument("--model", help="a model with heads, as for hydra.py")
+    timed.add_argument("--batches", type=int, nargs="+", default=[1], help="default: 1")
+    timed.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 64],
+                       help="nodes of the trees; default: 1 16 64")
+    timed.add_argument("--compile", action="store_true", help="pass the step through torch.compile")
+    timed.add_argument("--no-cuda-graph", action="store_const", const=False, dest="cuda_graph")
     args = parser.parse_args()
     if args.handout:
         print(handout(), end="")
+        return 0
+    if args.steps:
+        torch.set_num_threads(os.cpu_count())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, heads = hydra.load(args.model)[:2] if args.model else random_7b(device)
+        print_steps(model, heads, args.batches, args.sizes, compile=args.compile,
+                    cuda_graph=args.cuda_graph)
         return 0
     return grade_file(args.grade, args.timeout, args.json)
 
