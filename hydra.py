@@ -393,7 +393,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None):
-        """Read the prompts up to their last token, which is the root of a first, plain step.
+        """Read the prompts; their last token is the root of a first, plain step.
 
         input_ids, attention_mask (B, T): 0 marks padding, on either side.  Returns each row's first
         token (B, 1), and ones (B,), as `step` does.
@@ -403,15 +403,16 @@ class Decoder:
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         self.longest = tokens.shape[1]
-        if self.cuda_graph:
-            self.step()  # records its graph while there is no state to spoil
         self.cache.live = min(tokens.shape[1] + self.tree.num_nodes, self.cache.num_slots)
-        for start in range(0, tokens.shape[1] - 1, 512):  # in pieces, so that masks stay small
-            chunk = tokens[:, start:-1][:, :512]
+        for start in range(0, tokens.shape[1], 512):  # in pieces, so that masks stay small
+            chunk = tokens[:, start:start + 512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(start)
             self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
+        if self.cuda_graph:
+            self.step()  # records its graph while root and hidden do not matter
+            self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         return self.advance(build_tree([]).to(tokens.device))
 
@@ -419,7 +420,7 @@ class Decoder:
     def step(self):
         """One step: tokens (B, depth+1), of which the first counts (B,) are new; no host read."""
         needed = self.longest + self.tree.num_nodes
-        live = self.cache.live = min(max(256, 1 << (needed - 1).bit_length()), self.cache.num_slots)
+        live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
         self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
         if live in self.graphs:
             self.graphs[live].replay()
@@ -933,9 +934,8 @@ def run(args):
     if not heads:
         print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
-    default = "What can I learn from trees?" if chat else "The try statement"
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    text = default if text is None else text
+    text = ("What can I learn from trees?" if chat else "The try statement") if text is None else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,

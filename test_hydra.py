@@ -18,6 +18,7 @@ straight from the definitions, and from `model.generate`, never from the functio
 """
 import argparse
 import ast
+import contextlib
 import doctest
 import gc
 import importlib
@@ -1171,7 +1172,7 @@ def test_decode_loop_outside_of_generate_keeps_no_autograd_graph():
 
 @torch.inference_mode()
 def test_decode_loop_reads_live_slots_only():
-    """Attention reads 256, 512, ... slots, as many as the longest running row needs."""
+    """Attention reads 512, 1024, ... slots, as many as the longest running row needs."""
     model, read = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3), []
     prompts, heads = random_prompts(41, 240, 90), make_heads("hydra++", base("llama-gqa"))
     decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 2, 700)
@@ -1186,10 +1187,43 @@ def test_decode_loop_reads_live_slots_only():
     output = hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=300,
                             decoder=decoder)
     assert_greedy(model, prompts, output, 300, limit=1200)
-    assert sorted({live for live, _ in read}) == [256, 512, 707]
-    assert all(needed <= live <= max(256, 2 * needed + 10) for live, needed in read)
+    assert sorted({live for live, _ in read}) == [512, 707]
+    assert all(needed <= live <= max(512, 2 * needed) for live, needed in read)
     decoder.prefill(torch.ones(2, 3, dtype=torch.long))
-    assert [decoder.cache.live for _ in range(60) if decoder.step()] == [256] * 60
+    assert [decoder.cache.live for _ in range(60) if decoder.step()] == [512] * 60
+
+
+@torch.inference_mode()
+def test_decode_loop_records_each_bucket_once_and_loses_no_state(monkeypatch):
+    """The way of a CUDA graph, on any machine: what is recorded runs in replays, and only there."""
+    class Graph:
+        def replay(self):
+            replays.append(decoder.cache.live)
+            for place, new in zip(self.result, decoder.run(decoder, decoder.tree)):
+                place.copy_(new)
+
+    @contextlib.contextmanager
+    def record(graph):
+        held = decoder.length, decoder.root, decoder.hidden, *sum(decoder.cache.kv.values(), [])
+        before = [part.clone() for part in held]
+        recorded.append(decoder.cache.live)
+        yield
+        for part, old in zip(held, before):
+            part.copy_(old)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    recorded, replays = [], []
+    model = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3)
+    decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 2, 700,
+                            cuda_graph=True)
+    for lengths, new in (([440, 9], 200), ([1, 4], 30), ([513, 512], 60)):
+        prompts = random_prompts(47, *lengths)
+        ids, mask = pad(prompts, "left")
+        output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=new,
+                                decoder=decoder)
+        assert_greedy(model, prompts, output, new, limit=1200)
+    assert recorded == [512, 707] == list(decoder.graphs) and set(replays) == {512, 707}
 
 
 def test_decode_loop_stops_where_stopping_criteria_say():
@@ -1271,7 +1305,7 @@ def test_decode_loop_cuda_buckets_change_in_mid_generation(compile, dtype):
         output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=400,
                                 decoder=decoder)
         assert_greedy(model, prompts, output, 400, limit=1100)
-        assert list(decoder.graphs) == [256, 512, 1024]
+        assert list(decoder.graphs) == [512, 1024]
 
 
 @needs_cuda
