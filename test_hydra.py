@@ -1988,6 +1988,91 @@ def test_command_line_in_a_pipe_is_plain_and_repeatable(folder, capsys, monkeypa
     assert texts[0] == piped != texts[1]
 
 
+def test_command_line_with_torchrun_writes_what_one_process_writes(folder, capsys):
+    """Two processes that share the base's weights: tensor parallelism, here over gloo."""
+    script = (reference or hydra).__file__
+    args = ["--model", str(folder), "--heads", str(folder / "heads"), "--device", "cpu", "--prompt",
+            "the tree", "--max-new-tokens", "20"]
+    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                           "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", script,
+                           *args], text=True, capture_output=True, check=True)
+    assert both.stdout == run_main(capsys, *args)[1]
+    assert "identical to plain" in both.stderr and both.stderr.count("draft heads") == 1
+
+
+@pytest.fixture(scope="module")
+def decoding():
+    """The decoding method for `model.generate` that the README gives."""
+    text = Path(__file__).with_name("README.md").read_text("utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S)
+                if "def decoding" in block)
+    names = {}
+    exec(code, names)
+    names["hydra"] = hydra
+    return names["decoding"]
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(max_new_tokens=30), dict(max_length=20, eos_token_id=[5, 6]), dict(), dict(max_time=0.0),
+    dict(max_new_tokens=9, eos_token_id=None, pad_token_id=9), dict(suppress=True),
+    dict(max_new_tokens=30, return_dict_in_generate=True)])
+def test_readme_decoding_writes_what_generate_writes(decoding, arguments):
+    model, (ids, mask) = base("llama"), pad(random_prompts(51, 3, 8), "left")
+    arguments = {"pad_token_id": 0, "eos_token_id": 3} | arguments
+    if arguments.pop("suppress", False):
+        class Even(transformers.StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                return input_ids[:, -1] % 4 == 0
+        arguments |= dict(max_new_tokens=40, stopping_criteria=[Even()])
+    got, want = (model.generate(ids, attention_mask=mask, do_sample=False, **more, **arguments)
+                 for more in (dict(custom_generate=decoding(make_heads("hydra++", model))), {}))
+    if "return_dict_in_generate" in arguments:
+        got, want = got.sequences, want.sequences
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("arguments, name", [
+    (dict(num_beams=2), "beam_search"), (dict(repetition_penalty=1.2), "RepetitionPenalty"),
+    (dict(prompt_lookup_num_tokens=3), "assisted"), (dict(min_new_tokens=3), "MinNewTokens"),
+    (dict(output_scores=True, return_dict_in_generate=True), "output_scores")])
+def test_readme_decoding_refuses_by_name(decoding, arguments, name):
+    model = base("llama")
+    with pytest.raises(ValueError, match=name):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=4, pad_token_id=0,
+                       eos_token_id=3, custom_generate=decoding(make_heads("hydra", model)), **arguments)
+
+
+def test_readme_decoding_samples_from_the_warped_distribution(decoding):
+    model, ids = base("llama", initializer_range=0.05), torch.tensor([[1, 2, 3]])
+    torch.manual_seed(0)
+    warped = dict(do_sample=True, temperature=0.8, top_k=6, top_p=0.9, min_p=0.02, pad_token_id=0,
+                  max_new_tokens=2, eos_token_id=None)
+    texts = [tuple(text[3:]) for text in model.generate(
+        ids, num_return_sequences=4000, custom_generate=decoding(make_heads("hydra", model)),
+        **warped).tolist()]
+    probs = {}
+    for first, p in warped_probs(model, ids, warped).items():
+        for second, q in warped_probs(model, torch.cat([ids, torch.tensor([[first]])], 1),
+                                      warped).items():
+            probs[first, second] = p * q
+    assert set(texts) <= set(probs)
+    order = sorted(probs)
+    assert_distributed(torch.tensor([order.index(text) for text in texts]),
+                       torch.tensor([probs[text] for text in order]))
+
+
+def warped_probs(model, ids, warped):
+    """token -> probability, by transformers' own warpers."""
+    logits = model(ids).logits[:, -1].float()
+    for warper in (transformers.TemperatureLogitsWarper(warped["temperature"]),
+                   transformers.TopKLogitsWarper(warped["top_k"]),
+                   transformers.TopPLogitsWarper(warped["top_p"]),
+                   transformers.MinPLogitsWarper(warped["min_p"])):
+        logits = warper(ids, logits)
+    probs = logits.softmax(-1)[0]
+    return {token: probs[token].item() for token in probs.nonzero()[:, 0].tolist()}
+
+
 # ------------------------------------------------------------------------- the file as a whole
 
 EXAMPLES = [test for test in doctest.DocTestFinder().find(reference or hydra) if test.examples]
