@@ -403,7 +403,7 @@ class Decoder:
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         self.longest = tokens.shape[1]
-        self.cache.live = min(tokens.shape[1] + self.tree.num_nodes, self.cache.num_slots)
+        self.cache.live = self.cache.num_slots
         for start in range(0, tokens.shape[1], 512):  # in pieces, so that masks stay small
             chunk = tokens[:, start:start + 512]
             places = torch.arange(chunk.shape[1], device=chunk.device)
