@@ -33,10 +33,10 @@ node is named by its *choice*, the path of child ranks that leads to it:
          |                                       5    [1, 0]        2      2     0
       6 "mat"                                    6    [0, 0, 0]     3      3     0
 
-One idea keeps the file small: every step has the same shapes and reads nothing back to the host.
-A tree always has N nodes, a path is always depth + 1 nodes (padded with its last node), and every
-row of the batch carries its own length as a tensor. Batches in which every row accepts a different
-number of tokens, CUDA graphs and torch.compile all follow from that choice.
+One idea keeps the file small: a step reads nothing back to the host, and its shapes depend on no
+token. A tree always has N nodes, a path is depth + 1 nodes (padded with its last node), and every
+row carries its own length as a tensor. Batches in which each row accepts another number of tokens,
+CUDA graphs and torch.compile all follow from that choice.
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
@@ -335,7 +335,7 @@ class TreeCache(transformers.Cache):
     """Keys and values of S slots for each row and layer; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T), and reads the first `live` slots, in which all prefixes and trees fit.
+    it, at `slots` (B, T), and reads the first `live` slots: all running rows' prefixes and trees.
     What lies behind a row's tree is scratch.  The prefix layer is one more layer.
     """
     def __init__(self, num_slots):
@@ -387,11 +387,11 @@ class Decoder:
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
         self.graphs, self.run = {}, Decoder.advance  # unbound: no cycle delays freeing the graphs
         if compile:
-            torch.compiler.reset()  # earlier decoders' code would count towards a limit of eight
+            torch.compiler.reset()  # earlier ones would count towards a limit of eight compilations
             self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False, options={
                 "coordinate_descent_tuning": tree.num_nodes == 1})  # pays for single tokens only
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts; their last token is the root of a first, plain step.
 
@@ -402,7 +402,7 @@ class Decoder:
         # padding moves behind the row, where what it writes is overwritten: rows start at slot 0
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        self.longest = tokens.shape[1]
+        self.longest = tokens.shape[1]  # the host's bound on all lengths, which it must not read
         self.cache.live = self.cache.num_slots
         for start in range(0, tokens.shape[1], 512):  # in pieces, so that masks stay small
             chunk = tokens[:, start:start + 512]
@@ -410,15 +410,15 @@ class Decoder:
             self.length.fill_(start)
             self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
-        if self.cuda_graph:
-            self.step()  # records its graph while root and hidden do not matter
+        if self.cuda_graph or self.run is not Decoder.advance:
+            self.step()  # compiles, records, while it does not matter what it commits
             self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         return self.advance(build_tree([]).to(tokens.device))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self):
-        """One step: tokens (B, depth+1), of which the first counts (B,) are new; no host read."""
+        """Tokens (B, depth+1), the first counts (B,) of them new; the next step overwrites both."""
         needed = self.longest + self.tree.num_nodes
         live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
         self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
@@ -445,7 +445,7 @@ class Decoder:
         what the heads see (B, T, D).
         """
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        # what padding would write behind the last slot goes into it: it is scratch
+        # what a prompt's padding would write behind the last slot goes into it: it is scratch
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
         mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
@@ -484,6 +484,7 @@ def check_fit(model, heads, tree, max_context):
     require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
     odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
            if getattr(config, what, False) or getattr(model, what, False)]
+    odd += [name for name in [config._attn_implementation] if name not in ("sdpa", "eager")]
     require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
             f"{config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
     require(tree.width <= base[0], f"the tree asks for rank {tree.width - 1} of {base[0]} tokens")
@@ -508,7 +509,7 @@ class Output:
     tree: Tree               # what was drafted
     emitted: list            # for each row how many tokens each step gave, accepted drafts + 1
     new_tokens: list         # for each row its new tokens, without padding
-    seconds: float           # wall-clock time of all steps, prefill left out
+    seconds: float           # of all steps, prefill left out, later buckets' graphs included
     cache_bytes: int = 0     # of keys and values
     @property
     def tokens_per_step(self):
@@ -524,12 +525,11 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
     None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical",
-    "sampling" (temperature 0 is greedy), or a rule as for Decoder.  eos_token_id: one id, several,
-    or None.  A row stops at EOS, after max_new_tokens, with max_context tokens (default: as many as
-    are needed, up to the model's longest), and where stopping_criteria, of transformers, say so.
+    "sampling" (temperature 0 is greedy), or a rule as for Decoder.  eos_token_id: one, several or
+    none.  A row stops at EOS, after max_new_tokens, with max_context tokens (default: what is
+    needed, up to the model's longest), and where transformers' stopping_criteria say so.
     streamer: of transformers, for B = 1; it gets the prompt, then each step's tokens.  cuda_graph,
-    compile: see Decoder.  decoder: one to use again; its settings hold.  Returns an Output;
-    ValueError names a bad argument.
+    compile: see Decoder.  decoder: one to use again.  Returns an Output, or raises ValueError.
     """
     tree = heads.choices or heads.usual_choices if tree is None and heads else tree or []
     tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
@@ -547,7 +547,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
     decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,
                                  cuda_graph=cuda_graph, compile=compile)
-    eos = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    eos = {eos_token_id} if isinstance(eos_token_id, int) else set(map(int, eos_token_id or ()))
     room = [min(max_new_tokens, max_context - length) for length in lengths]
     new, emitted, prompts = [[] for _ in lengths], [[] for _ in lengths], input_ids.tolist()
     running = [row for row, tokens in enumerate(room) if tokens]
@@ -570,7 +570,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
             if streamer:
                 streamer.put(torch.tensor(new[row][before:]))
         if running:
-            decoder.longest = max(lengths[row] + len(new[row]) for row in running)
+            decoder.longest = max(lengths[row] + len(new[row]) - 1 for row in running)
             result = decoder.step()
     seconds = time.perf_counter() - start
     if streamer:
@@ -647,7 +647,7 @@ def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-
     AdamW on fp32 weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr,
     clipping at 1.  keep(): called at the end or on Ctrl-C.  Returns the losses of every 25th step.
     """
-    require(len(token_ids) >= seq_len, f"{len(token_ids)} tokens of text, but {seq_len} are needed")
+    require(8 <= seq_len <= len(token_ids), f"seq_len must lie in 8 .. {len(token_ids)}, the text")
     parameters, history = list(module.parameters()), []
     dtype, device = parameters[0].dtype, parameters[0].device.type
     set_dtype(module.train(), torch.float32)
@@ -935,7 +935,7 @@ def run(args):
         print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    text = ("What can I learn from trees?" if chat else "The try statement") if text is None else text
+    text = ("What is a tree?" if chat else "The try statement") if text is None else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,

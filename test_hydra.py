@@ -1105,6 +1105,15 @@ def test_decode_loop_refuses_heads_of_another_base():
         hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize("eos", [3, [3], (3, 5), {3, 5}, torch.tensor([3])])
+def test_decode_loop_takes_eos_in_any_form(eos):
+    model = base("llama")
+    output = hydra.generate_plain(model, torch.tensor([[1, 2]]), max_new_tokens=40,
+                                  eos_token_id=eos)
+    ids = {3} if isinstance(eos, int) or len(eos) == 1 else {3, 5}
+    assert output.new_tokens[0] == wanted(model, (1, 2), 40, ids)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decode_loop_wide_padding_needs_no_more_room(side):
     model = base("llama")
@@ -1134,8 +1143,10 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
         num_attention_heads=4, rope_parameters=dict(
             rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
             original_max_position_embeddings=10)))
+    flex = transformers.AutoModelForCausalLM.from_config(base("llama").config,
+                                                         attn_implementation="flex_attention")
     for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
-                           (narrow, "window of 8"), (scaled, "window of 10")):
+                           (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
@@ -1217,12 +1228,13 @@ def test_decode_loop_records_each_bucket_once_and_loses_no_state(monkeypatch):
     model = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3)
     decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 2, 700,
                             cuda_graph=True)
-    for lengths, new in (([440, 9], 200), ([1, 4], 30), ([513, 512], 60)):
+    for lengths, new in (([505, 9], 2), ([440, 9], 200), ([1, 4], 30), ([513, 512], 60)):
         prompts = random_prompts(47, *lengths)
         ids, mask = pad(prompts, "left")
         output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=new,
                                 decoder=decoder)
         assert_greedy(model, prompts, output, new, limit=1200)
+        assert recorded == [512] or new > 2  # prefill and first step are of one bucket
     assert recorded == [512, 707] == list(decoder.graphs) and set(replays) == {512, 707}
 
 
@@ -2285,7 +2297,7 @@ def test_steps_table_has_a_line_for_each_batch_and_tree(capsys):
     assert about.startswith("CPU, torch.float32, 16 tokens committed of 300, step: eager;")
     assert header == STEPS
     assert [row.split()[:3] for row in rows[:4]] == [
-        [batch, nodes, "256"] for batch in "12" for nodes in "18"]
+        [batch, nodes, str(300 + int(nodes))] for batch in "12" for nodes in "18"]
     assert [row.split()[-1] == "1.00" for row in rows[:4]] == [True, False] * 2
     assert [row.split()[0] for row in rows[4:]] == ["model.generate"] * 3
 
