@@ -713,8 +713,8 @@ def fastest_tree(model, heads, prompts):
     ranks = torch.cat([head_ranks(model, heads, part)[:, prompts.shape[1] - 1:]
                        for part in written.split(8)]).flatten(0, 1)
     trees = [search_tree(ranks, size) for size in (2, 4, 8, 12, 16, 24, 32, 48, 64)]
-    return min(trees, key=lambda tree: sum(
-        generate(model, heads, prompt, tree=tree).seconds for prompt in prompts[:4].split(1)))
+    return min(trees, key=lambda tree: torch.tensor([
+        generate(model, heads, each, tree=tree).seconds for each in prompts[:8].split(1)]).median())
 # ----------------------------------------------------------------------------------- 9 models
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
