@@ -112,7 +112,8 @@ class DraftHeads(nn.Module):
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         self.usual_choices = [choice for choice in MC_SIM_7B_63  # as far as it fits
                               if len(choice) <= config.num_heads and max(choice) < vocab]
-        set_dtype(self.to(model.device).eval(), model.dtype)
+        set_dtype(self.eval(), model.dtype)
+        self.to(model.device)
 
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (..., D) broadcasts to embeddings (..., i+1, D) -> (..., V)."""
@@ -493,8 +494,7 @@ def check_fit(model, heads, tree, max_context):
 
 def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance function of that name, its settings filled in."""
-    require(temperature == 0 or 1e-5 <= temperature < math.inf,
-            f"temperature must be 0 (greedy) or more, at least 1e-5, not {temperature}")
+    require(temperature == 0 or 1e-5 <= temperature < 1e5, f"{temperature=} must be 0 or 1e-5..1e5")
     require(0 < epsilon <= 1 and 0 < delta <= 1, f"{epsilon=} and {delta=} must lie in (0, 1]")
     rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, temperature=temperature),
              "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon,
@@ -748,9 +748,9 @@ def load(name=None, heads=None, device=None, dtype=None):
             tokenizer.chat_template = VICUNA_PROMPT
         dtype = dtype or ("float32" if device.type == "cpu" else "auto")
         shards = transformers.distributed.DistributedConfig(tp_plan="auto")  # torchrun's processes
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, distributed_config=shards if "RANK" in os.environ else None)
-        return model.to(device).eval(), heads and load_heads(heads, model), tokenizer
+        where = dict(distributed_config=shards) if "RANK" in os.environ else dict(device_map=device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where).eval()
+        return model, heads and load_heads(heads, model), tokenizer
     except Exception as error:  # files can be broken in many ways
         raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
 
