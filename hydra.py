@@ -261,10 +261,10 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
 def draft_tree(heads, tree, root, hidden, embed):
     """Fill the tree with guesses, level by level, one head call per level.
 
-    heads: DraftHeads.  tree: Tree.  root (B,): the token at node 0.  hidden (B, D): what the
-    heads see of the position that predicted root.  embed: the base's input embedding.
-    Returns tokens (B, N).  A child of rank r is the r-th best guess of its *own parent's* head
-    call, which has read the tokens on that parent's path.  Paper: 3.
+    heads: DraftHeads, or None if the tree is its root alone.  root (B,): the token at node 0.
+    hidden (B, D): what the heads see of the position that predicted root.  embed: the base's input
+    embedding.  Returns tokens (B, N).  A child of rank r (0 is the best) is a guess of its *own
+    parent's* head call, which has read the tokens on that parent's path.  Paper: 3.
     """
     tokens = root[:, None]                                             # (B, 1)
     for depth, (paths, place, rank) in enumerate(tree.levels):
@@ -354,7 +354,7 @@ class TreeCache(transformers.Cache):
         return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
 
 def commit_path(kv, length, path):
-    """Move the accepted path's rows to the end of the committed prefix, in place.
+    """Move the accepted path's keys or values to the end of the committed prefix, in place.
 
     kv (B, H, S, Dh): keys or values whose tree starts at slot length (B,).  path (B, depth+1):
     nodes from the root to the last accepted one, padded with it (what padding writes is scratch).
@@ -420,7 +420,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self):
         """Tokens (B, depth+1), the first counts (B,) of them new; the next step overwrites both."""
-        needed = self.longest + self.tree.num_nodes
+        needed = self.longest + self.tree.num_nodes  # slots; attention reads 512, 1024, ..., or all
         live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
         self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
         if live in self.graphs:
