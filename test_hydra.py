@@ -2029,16 +2029,16 @@ def decoding():
 
 @pytest.mark.parametrize("arguments", [
     dict(max_new_tokens=30), dict(max_length=20, eos_token_id=[5, 6]), dict(), dict(max_time=0.0),
-    dict(max_new_tokens=9, eos_token_id=None, pad_token_id=9), dict(suppress=True),
+    dict(max_new_tokens=9, eos_token_id=None, pad_token_id=9), dict(criteria=True),
     dict(max_new_tokens=30, return_dict_in_generate=True)])
 def test_readme_decoding_writes_what_generate_writes(decoding, arguments):
     model, (ids, mask) = base("llama"), pad(random_prompts(51, 3, 8), "left")
     arguments = {"pad_token_id": 0, "eos_token_id": 3} | arguments
-    if arguments.pop("suppress", False):
-        class Even(transformers.StoppingCriteria):
+    if arguments.pop("criteria", False):
+        class FourDivides(transformers.StoppingCriteria):
             def __call__(self, input_ids, scores, **_):
                 return input_ids[:, -1] % 4 == 0
-        arguments |= dict(max_new_tokens=40, stopping_criteria=[Even()])
+        arguments |= dict(max_new_tokens=40, stopping_criteria=[FourDivides()])
     got, want = (model.generate(ids, attention_mask=mask, do_sample=False, **more, **arguments)
                  for more in (dict(custom_generate=decoding(make_heads("hydra++", model))), {}))
     if "return_dict_in_generate" in arguments:
