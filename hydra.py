@@ -44,7 +44,7 @@ position t predicts token t + 1, head i token t + 2 + i. Sections 8 to 10 train,
 """
 import copy, inspect, math, time, warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 import torch, transformers
 import torch.nn.functional as F
@@ -182,11 +182,8 @@ class Tree:
 
     def to(self, device):
         """The same tree with its tensors on another device."""
-        moved = copy.copy(self)
-        for name in ("parents", "depths", "ranks", "paths", "mask"):
-            setattr(moved, name, getattr(self, name).to(device))
-        moved.levels = [[part.to(device) for part in level] for level in self.levels]
-        return moved
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items()
+                                if torch.is_tensor(part)})
 
 def build_tree(choices):
     """From a list of choices to a Tree.
@@ -379,9 +376,8 @@ class Decoder:
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.tree = model, heads, tree.to(model.device)
-        self.accept = accept or accept_greedy
-        self.embed, self.max_context = model.get_input_embeddings(), max_context
-        self.cache = TreeCache(max_context + tree.num_nodes)
+        self.embed, self.accept = model.get_input_embeddings(), accept or accept_greedy
+        self.cache, self.max_context = TreeCache(max_context + tree.num_nodes), max_context
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
@@ -429,9 +425,13 @@ class Decoder:
         result = self.run(self, self.tree)  # the first of its kind: a graph's warm-up
         if self.cuda_graph:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records the same step again, without running it
-                graph.result = self.run(self, self.tree)
-            self.graphs[live] = graph
+            try:
+                with torch.cuda.graph(graph):  # records the same step again, without running it
+                    graph.result = self.run(self, self.tree)
+                self.graphs[live] = graph
+            except RuntimeError as error:  # a base that asks the host, say
+                warnings.warn(f"no CUDA graph, so steps are slow: {error}")
+                self.cuda_graph = False
         return result
 
     def advance(self, tree):
@@ -460,7 +460,7 @@ class Decoder:
         """Accept a path and keep its keys and values; the bonus token is the next root."""
         node, bonus = self.accept(tokens, logits, tree)
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
-        for kv in sum(self.cache.kv.values(), []):
+        for kv in sum(self.cache.kv.values(), []) if tree.choices else []:  # a lone root stays
             commit_path(kv, self.length, path)
         self.length.add_(accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
@@ -567,11 +567,11 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
                         stopping_criteria(torch.tensor([prompts[row] + new[row]]), None).all()):
                     running.remove(row)
                     break
-            if streamer:
-                streamer.put(torch.tensor(new[row][before:]))
         if running:
             decoder.longest = max(lengths[row] + len(new[row]) - 1 for row in running)
             result = decoder.step()
+        if streamer:  # a GPU is at the next step meanwhile
+            streamer.put(torch.tensor(new[0][before:]))
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()

@@ -108,6 +108,7 @@ BASES = {
     "granite": ("GraniteConfig", dict(  # it scales embeddings, layers, attention and logits
         num_key_value_heads=2, embedding_multiplier=3.0, residual_multiplier=0.5,
         attention_multiplier=0.3, logits_scaling=0.25)),
+    "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4)),
 }
 
 
@@ -1240,6 +1241,24 @@ def test_decode_loop_records_each_bucket_once_and_loses_no_state(monkeypatch):
     assert recorded == [512, 707] == list(decoder.graphs) and set(replays) == {512, 707}
 
 
+def test_decode_loop_without_a_cuda_graph_where_recording_fails(monkeypatch):
+    """One line says so, and the steps go on without."""
+    @contextlib.contextmanager
+    def record(graph):
+        yield
+        raise RuntimeError("it asked the host")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    model, prompts = base("llama"), random_prompts(51, 4, 7)
+    ids, mask = pad(prompts, "left")
+    with pytest.warns(UserWarning, match="no CUDA graph.*: it asked the host") as warned:
+        output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask,
+                                max_new_tokens=40, cuda_graph=True)
+    assert len(warned) == 1
+    assert_greedy(model, prompts, output, 40)
+
+
 def test_decode_loop_stops_where_stopping_criteria_say():
     """Of transformers: they see each row's prompt and new tokens, after every token."""
     model, prompts = base("llama"), random_prompts(43, 4, 7)
@@ -1333,6 +1352,22 @@ def test_decode_loop_cuda_graph_draws_anew_in_every_replay():
                                     max_new_tokens=64).sequences)
         assert len(set(map(tuple, texts[-1].tolist()))) == 4
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_decode_loop_cuda_steps_without_a_graph_where_recording_fails(name):
+    model, prompts = base(name, device="cuda"), random_prompts(53, 5, 9)
+    ids, mask = pad(prompts, "left", "cuda")
+
+    def asking(tokens, logits, tree):
+        assert tokens.min().item() >= 0  # the host waits for the GPU, which no graph can hold
+        return hydra.accept_greedy(tokens, logits, tree)
+
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask,
+                                max_new_tokens=40, accept=asking)
+    assert_greedy(model, prompts, output, 40)
 
 
 # ---------------------------------------------------------------------------------- 8 training
