@@ -44,7 +44,7 @@ position t predicts token t + 1, head i token t + 2 + i. Sections 8 to 10 train,
 """
 import copy, inspect, math, time, warnings
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 import torch, transformers
 import torch.nn.functional as F
@@ -106,8 +106,7 @@ class DraftHeads(nn.Module):
                 own.data.copy_(whole(base))
             # names and indices as released, where only Hydra++ has Dropout modules
             drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
-            self.hydra_mlp.append(nn.Sequential(*(part for block in blocks
-                                                  for part in (*drop, block))))
+            self.hydra_mlp.append(nn.Sequential(*sum(([*drop, block] for block in blocks), [])))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         self.usual_choices = [choice for choice in MC_SIM_7B_63  # as far as it fits
@@ -182,8 +181,11 @@ class Tree:
 
     def to(self, device):
         """The same tree with its tensors on another device."""
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items()
-                                if torch.is_tensor(part)})
+        moved = copy.copy(self)
+        for name in ("parents", "depths", "ranks", "paths", "mask"):
+            setattr(moved, name, getattr(self, name).to(device))
+        moved.levels = [[part.to(device) for part in level] for level in self.levels]
+        return moved
 
 def build_tree(choices):
     """From a list of choices to a Tree.
@@ -369,8 +371,7 @@ class Decoder:
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
     included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token).
-    cuda_graph: record the step and replay it; None: on CUDA.  compile: pass it through
-    torch.compile.  ValueError where these do not fit each other.
+    cuda_graph: record the step and replay it; None: on CUDA.  compile: torch.compile the step.
     """
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
                  cuda_graph=None, compile=False):
@@ -401,10 +402,9 @@ class Decoder:
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         self.longest = tokens.shape[1]  # the host's bound on all lengths, which it must not read
         self.cache.live = self.cache.num_slots
-        for start in range(0, tokens.shape[1], 512):  # in pieces, so that masks stay small
-            chunk = tokens[:, start:start + 512]
+        for piece, chunk in enumerate(tokens.split(512, dim=1)):  # pieces, so that masks stay small
             places = torch.arange(chunk.shape[1], device=chunk.device)
-            self.length.fill_(start)
+            self.length.fill_(512 * piece)
             self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
         if self.cuda_graph or self.run is not Decoder.advance:
