@@ -73,12 +73,11 @@ def head_input(hidden, embeddings):
 
 class ResBlock(nn.Module):
     """y = R(x) + SiLU(W x + b), W zero at first; R projects (i+2)*D to D, or is the identity."""
-    def __init__(self, width_in, width_out):
+    def __init__(self, wide, width):
         super().__init__()
-        self.linear = nn.Linear(width_in, width_out)
+        self.linear = nn.Linear(wide, width)
         nn.init.zeros_(self.linear.weight)
-        self.res_connection = (nn.Identity() if width_in == width_out
-                               else nn.Linear(width_in, width_out))
+        self.res_connection = nn.Identity() if wide == width else nn.Linear(wide, width)
     def forward(self, x):
         return self.res_connection(x) + F.silu(self.linear(x))
 
@@ -332,25 +331,27 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     return node, logits.argmax(-1).gather(1, node[:, None])[:, 0]
 # ---------------------------------------------------------------------------------- 6 KV cache
 class TreeCache(transformers.Cache):
-    """Keys and values of S slots for each row and layer; transformers' layers write into it.
+    """Keys and values of S slots for each layer and row; transformers' layers write into it.
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
     it, at `slots` (B, T), and reads the first `live` slots: all running rows' prefixes and trees.
     What lies behind a row's tree is scratch.  The prefix layer is one more layer.
     """
-    def __init__(self, num_slots):
+    def __init__(self, num_layers, num_slots):
         super().__init__(layers=[])
-        self.num_slots, self.live, self.slots = num_slots, num_slots, None
-        self.kv = {}  # by layer: keys and values, each (B, H, S, Dh)
+        self.num_layers, self.num_slots, self.live = num_layers, num_slots, num_slots
+        self.kv = {}  # all layers' keys (L * B, H, S, Dh), and values; more where shapes differ
     def update(self, key, value, layer_idx, *_, **__):
         """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
-        if layer_idx not in self.kv:  # heads, width, dtype and device are those that arrive
-            self.kv[layer_idx] = [new.new_zeros(*new.shape[:2], self.num_slots, new.shape[3])
-                                  for new in (key, value)]
-        rows = torch.arange(len(key), device=key.device)[:, None]
-        for stored, new in zip(self.kv[layer_idx], (key, value)):
-            stored[rows, :, self.slots] = new.transpose(1, 2)
-        return [stored[:, :, :self.live] for stored in self.kv[layer_idx]]
+        first, live = layer_idx * len(key), []
+        rows = torch.arange(first, first + len(key), device=key.device)[:, None]
+        for which, new in enumerate((key, value)):
+            shape = self.num_layers * len(new), new.shape[1], self.num_slots, new.shape[3]
+            if (which, shape) not in self.kv:  # dtype and device, too, are those that arrive
+                self.kv[which, shape] = new.new_zeros(shape)
+            self.kv[which, shape][rows, :, self.slots] = new.transpose(1, 2)
+            live.append(self.kv[which, shape][first:first + len(new), :, :self.live])
+        return live
 
 def commit_path(kv, length, path):
     """Move the accepted path's keys or values to the end of the committed prefix, in place.
@@ -377,8 +378,10 @@ class Decoder:
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.tree = model, heads, tree.to(model.device)
-        self.embed, self.accept = model.get_input_embeddings(), accept or accept_greedy
-        self.cache, self.max_context = TreeCache(max_context + tree.num_nodes), max_context
+        self.accept, self.max_context = accept or accept_greedy, max_context
+        self.embed = model.get_input_embeddings()
+        self.layers = model.config.num_hidden_layers + bool(heads and heads.config.prefix_layer)
+        self.cache = TreeCache(self.layers, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
@@ -397,11 +400,10 @@ class Decoder:
         token (B, 1), and ones (B,), as `step` does.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves behind the row, where what it writes is overwritten: rows start at slot 0
+        # padding moves behind the row: what it writes (in the last slot, at most) is overwritten
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        self.longest = tokens.shape[1]  # the host's bound on all lengths, which it must not read
-        self.cache.live = self.cache.num_slots
+        self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # the host's bound
         for piece, chunk in enumerate(tokens.split(512, dim=1)):  # pieces, so that masks stay small
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(512 * piece)
@@ -446,7 +448,6 @@ class Decoder:
         what the heads see (B, T, D).
         """
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        # what a prompt's padding would write behind the last slot goes into it: it is scratch
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
         mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
         positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
@@ -460,8 +461,8 @@ class Decoder:
         """Accept a path and keep its keys and values; the bonus token is the next root."""
         node, bonus = self.accept(tokens, logits, tree)
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
-        for kv in sum(self.cache.kv.values(), []) if tree.choices else []:  # a lone root stays
-            commit_path(kv, self.length, path)
+        for kv in self.cache.kv.values() if tree.choices else []:  # a lone root stays where it is
+            commit_path(kv, self.length.repeat(self.layers), path.repeat(self.layers, 1))
         self.length.add_(accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
@@ -541,12 +542,12 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     max_context = max_context or min(limit, max(lengths) + max_new_tokens)
-    max_context = decoder.max_context if decoder else max_context
-    require(not decoder or len(decoder.root) == len(lengths), "the decoder's batch size differs")
-    require(max(lengths) <= max_context, f"{max(lengths)} tokens exceed {max_context}: shorten it")
     rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
     decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,
                                  cuda_graph=cuda_graph, compile=compile)
+    require(len(decoder.root) == len(lengths), "the decoder's batch size differs")
+    max_context = decoder.max_context
+    require(max(lengths) <= max_context, f"{max(lengths)} tokens exceed {max_context}: shorten it")
     eos = {eos_token_id} if isinstance(eos_token_id, int) else set(map(int, eos_token_id or ()))
     room = [min(max_new_tokens, max_context - length) for length in lengths]
     new, emitted, prompts = [[] for _ in lengths], [[] for _ in lengths], input_ids.tolist()
@@ -579,7 +580,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
     return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
                   [steps[1:] for steps in emitted], new, seconds,
-                  sum(part.nbytes for part in sum(decoder.cache.kv.values(), [])))
+                  sum(part.nbytes for part in decoder.cache.kv.values()))
 
 def generate_plain(model, input_ids, **options):
     """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
@@ -701,10 +702,9 @@ def replay(ranks, choices):
     """Tokens per step that decoding would give, from ranks (B, M, K) along what it would write."""
     choices, steps, tokens = set(map(tuple, choices)), 0, 0
     for row in ranks.tolist():
-        place = 0
-        while place < len(row):
-            emitted = 1 + sum(tuple(row[place][:d + 1]) in choices for d in range(len(row[place])))
-            place, steps, tokens = place + emitted, steps + 1, tokens + emitted
+        while row:
+            emitted = 1 + sum(tuple(row[0][:d + 1]) in choices for d in range(len(row[0])))
+            row, steps, tokens = row[emitted:], steps + 1, tokens + emitted
     return tokens / max(steps, 1)
 
 def fastest_tree(model, heads, prompts):
