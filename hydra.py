@@ -103,8 +103,7 @@ class DraftHeads(nn.Module):
             nn.init.zeros_(lm_head.bias)
             for own, base in zip(lm_head.parameters(), model.get_output_embeddings().parameters()):
                 own.data.copy_(whole(base))
-            # names and indices as released, where only Hydra++ has Dropout modules
-            drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []
+            drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []  # as released
             self.hydra_mlp.append(nn.Sequential(*sum(([*drop, block] for block in blocks), [])))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
@@ -377,16 +376,15 @@ class Decoder:
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
-        self.model, self.heads, self.tree = model, heads, tree.to(model.device)
-        self.accept, self.max_context = accept or accept_greedy, max_context
-        self.embed = model.get_input_embeddings()
+        self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
+        self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
         self.layers = model.config.num_hidden_layers + bool(heads and heads.config.prefix_layer)
         self.cache = TreeCache(self.layers, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.graphs, self.run = {}, Decoder.advance  # unbound: no cycle delays freeing the graphs
+        self.accept, self.run = accept or accept_greedy, Decoder.advance  # unbound: freed at once
         if compile:
             torch.compiler.reset()  # earlier ones would count towards a limit of eight compilations
             self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False, options={
@@ -434,6 +432,8 @@ class Decoder:
             except RuntimeError as error:  # a base that asks the host, say
                 warnings.warn(f"no CUDA graph, so steps are slow: {error}")
                 self.cuda_graph = False
+                for chance in torch.cuda.default_generators:  # else stuck in the recording
+                    chance.graphsafe_set_state(chance.clone_state().graphsafe_get_state())
         return result
 
     def advance(self, tree):

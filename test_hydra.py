@@ -1373,10 +1373,22 @@ def test_decode_loop_cuda_steps_without_a_graph_where_recording_fails(name):
         assert tokens.min().item() >= 0  # the host waits for the GPU, which no graph can hold
         return hydra.accept_greedy(tokens, logits, tree)
 
+    def drawing(tokens, logits, tree):
+        asking(tokens, logits, tree)
+        return hydra.accept_sampling(tokens, logits, tree, temperature=1.0)
+
+    heads, texts = make_heads("hydra", model), []
     with pytest.warns(UserWarning, match="no CUDA graph"):
-        output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask,
-                                max_new_tokens=40, accept=asking)
+        output = hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=40,
+                                accept=asking)
     assert_greedy(model, prompts, output, 40)
+    for seed in (1, 1, 2):  # random numbers go on, from the seed
+        torch.manual_seed(seed)
+        with pytest.warns(UserWarning, match="no CUDA graph"):
+            texts.append(hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=40,
+                                        accept=drawing).new_tokens)
+        assert not torch.equal(*torch.rand(2, 9, device="cuda"))
+    assert texts[0] == texts[1] != texts[2]
 
 
 # ---------------------------------------------------------------------------------- 8 training
