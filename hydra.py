@@ -334,22 +334,22 @@ class TreeCache(transformers.Cache):
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
     it, at `slots` (B, T), and reads the first `live` slots: all running rows' prefixes and trees.
-    What lies behind a row's tree is scratch.  The prefix layer is one more layer.
+    Keys of num_layers layers lie in one tensor, values in another: few calls commit them all.
     """
     def __init__(self, num_layers, num_slots):
         super().__init__(layers=[])
         self.num_layers, self.num_slots, self.live = num_layers, num_slots, num_slots
-        self.kv = {}  # all layers' keys (L * B, H, S, Dh), and values; more where shapes differ
+        self.kv = {}  # those tensors (num_layers * B, H, S, Dh); more where layers differ in shape
     def update(self, key, value, layer_idx, *_, **__):
         """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
-        first, live = layer_idx * len(key), []
-        rows = torch.arange(first, first + len(key), device=key.device)[:, None]
+        group, first = layer_idx // self.num_layers, layer_idx % self.num_layers * len(key)
+        rows, live = torch.arange(first, first + len(key), device=key.device)[:, None], []
         for which, new in enumerate((key, value)):
             shape = self.num_layers * len(new), new.shape[1], self.num_slots, new.shape[3]
-            if (which, shape) not in self.kv:  # dtype and device, too, are those that arrive
-                self.kv[which, shape] = new.new_zeros(shape)
-            self.kv[which, shape][rows, :, self.slots] = new.transpose(1, 2)
-            live.append(self.kv[which, shape][first:first + len(new), :, :self.live])
+            if (name := (group, which, shape)) not in self.kv:  # device and dtype are new's
+                self.kv[name] = new.new_zeros(shape)
+            self.kv[name][rows, :, self.slots] = new.transpose(1, 2)
+            live.append(self.kv[name][first:first + len(new), :, :self.live])
         return live
 
 def commit_path(kv, length, path):
@@ -378,7 +378,7 @@ class Decoder:
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        self.layers = model.config.num_hidden_layers + bool(heads and heads.config.prefix_layer)
+        self.layers = 1 if compile else model.config.num_hidden_layers + bool(heads)  # in a tensor
         self.cache = TreeCache(self.layers, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
