@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hydra: sequentially dependent draft heads for Medusa decoding (arXiv 2402.05109), in one file.
+r"""Hydra: sequentially dependent draft heads for Medusa decoding (arXiv 2402.05109), in one file.
 
 A language model reads all of its weights to write one token, and reading them for one token or
 for a few dozen takes about the same time. So Hydra guesses a small *tree* of continuations with
@@ -26,9 +26,9 @@ The running example is this tree of seven nodes. Node 0, the root, is always rig
 node is named by its *choice*, the path of child ranks that leads to it:
 
                   0 "sat"                       node  choice     parent  depth  rank
-                 /       \\                       1    [0]           0      1     0
+                 /       \                       1    [0]           0      1     0
             1 "on"       2 "down"                2    [1]           0      1     1
-            /    \\            \\                  3    [0, 0]        1      2     0
+            /    \            \                  3    [0, 0]        1      2     0
       3 "the"    4 "a"       5 "."               4    [0, 1]        1      2     1
          |                                       5    [1, 0]        2      2     0
       6 "mat"                                    6    [0, 0, 0]     3      3     0
@@ -36,7 +36,7 @@ node is named by its *choice*, the path of child ranks that leads to it:
 One idea keeps the file small: a step reads nothing back to the host, and its shapes depend on no
 token. A tree always has N nodes, a path is depth + 1 nodes (padded with its last node), and every
 row carries its own length as a tensor. Batches in which each row accepts another number of tokens,
-CUDA graphs and torch.compile all follow from that choice.
+CUDA graphs and torch.compile all follow from that choice.  Only the slots read grow: 512, 1024, ..
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
@@ -334,23 +334,23 @@ class TreeCache(transformers.Cache):
 
     A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
     it, at `slots` (B, T), and reads the first `live` slots: all running rows' prefixes and trees.
-    Keys of num_layers layers lie in one tensor, values in another: few calls commit them all.
+    `together` layers share a tensor of keys, one of values (layer behind layer): fast to commit.
     """
-    def __init__(self, num_layers, num_slots):
+    def __init__(self, together, num_slots):
         super().__init__(layers=[])
-        self.num_layers, self.num_slots, self.live = num_layers, num_slots, num_slots
-        self.kv = {}  # those tensors (num_layers * B, H, S, Dh); more where layers differ in shape
+        self.together, self.num_slots, self.live = together, num_slots, num_slots
+        self.kv = {}  # (layer // together, 0 keys or 1 values, shape): (together * B, H, S, Dh)
     def update(self, key, value, layer_idx, *_, **__):
         """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
-        group, first = layer_idx // self.num_layers, layer_idx % self.num_layers * len(key)
-        rows, live = torch.arange(first, first + len(key), device=key.device)[:, None], []
+        group, first = layer_idx // self.together, layer_idx % self.together * len(key)
+        rows, views = torch.arange(first, first + len(key), device=key.device)[:, None], []
         for which, new in enumerate((key, value)):
-            shape = self.num_layers * len(new), new.shape[1], self.num_slots, new.shape[3]
+            shape = self.together * len(new), new.shape[1], self.num_slots, new.shape[3]
             if (name := (group, which, shape)) not in self.kv:  # device and dtype are new's
                 self.kv[name] = new.new_zeros(shape)
             self.kv[name][rows, :, self.slots] = new.transpose(1, 2)
-            live.append(self.kv[name][first:first + len(new), :, :self.live])
-        return live
+            views.append(self.kv[name][first:first + len(new), :, :self.live])
+        return views
 
 def commit_path(kv, length, path):
     """Move the accepted path's keys or values to the end of the committed prefix, in place.
@@ -358,13 +358,13 @@ def commit_path(kv, length, path):
     kv (B, H, S, Dh): keys or values whose tree starts at slot length (B,).  path (B, depth+1):
     nodes from the root to the last accepted one, padded with it (what padding writes is scratch).
 
-        prefix | sat  on  down  the  a  .  mat        path 0 1 4 -> slots 0 1 4 of the tree
-        prefix   sat  on  a   | a    a  .  mat        length += 3, the rest is scratch
+        prefix | sat  on  down  the  a  .  mat        path 0 1 4 4 -> slots 0 1 4 4 of the tree
+        prefix   sat  on  a   | a    a  .  mat        then length += 3: the rest is scratch
     """
     rows = torch.arange(len(path), device=path.device)[:, None]            # (B, 1)
     source = length[:, None] + path                                        # (B, depth+1)
     target = length[:, None] + torch.arange(path.shape[1], device=path.device)
-    kv[rows, :, target] = kv[rows, :, source]                              # (B, depth+1, H, Dh)
+    kv[rows, :, target] = kv[rows, :, source]  # (B, depth+1, H, Dh), read before written
 # ------------------------------------------------------------------------------- 7 decode loop
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
@@ -378,13 +378,14 @@ class Decoder:
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        self.layers = 1 if compile else model.config.num_hidden_layers + bool(heads)  # in a tensor
-        self.cache = TreeCache(self.layers, max_context + tree.num_nodes)
+        extra = bool(heads and heads.config.prefix_layer)
+        self.together = 1 if compile else model.config.num_hidden_layers + extra  # share a tensor
+        self.cache = TreeCache(self.together, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
         self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
         self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.accept, self.run = accept or accept_greedy, Decoder.advance  # unbound: freed at once
+        self.accept, self.run = accept or accept_greedy, Decoder.advance  # unbound, so no cycle
         if compile:
             torch.compiler.reset()  # earlier ones would count towards a limit of eight compilations
             self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False, options={
@@ -392,30 +393,30 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
-        """Read the prompts; their last token is the root of a first, plain step.
+        """Read the prompts; then their last token once more, as root of a first, plain step.
 
         input_ids, attention_mask (B, T): 0 marks padding, on either side.  Returns each row's first
         token (B, 1), and ones (B,), as `step` does.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves behind the row: what it writes (in the last slot, at most) is overwritten
+        # padding moves behind its row, into free slots (past S - 1: that one): none reads those
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
-        self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # the host's bound
+        self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # bounds all lengths
         for piece, chunk in enumerate(tokens.split(512, dim=1)):  # pieces, so that masks stay small
             places = torch.arange(chunk.shape[1], device=chunk.device)
             self.length.fill_(512 * piece)
             self.read(chunk, places, places[:, None] >= places)
         self.length.copy_(length - 1)
         if self.cuda_graph or self.run is not Decoder.advance:
-            self.step()  # compiles, records, while it does not matter what it commits
+            self.step()  # on scratch: compiles and records, if that is still to be done
             self.length.copy_(length - 1)
         self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
         return self.advance(build_tree([]).to(tokens.device))
 
     @torch.inference_mode()
     def step(self):
-        """Tokens (B, depth+1), the first counts (B,) of them new; the next step overwrites both."""
+        """Returns tokens (B, depth+1) and counts (B,), how many are new; a graph reuses both."""
         needed = self.longest + self.tree.num_nodes  # slots; attention reads 512, 1024, ..., or all
         live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
         self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
@@ -432,7 +433,7 @@ class Decoder:
             except RuntimeError as error:  # a base that asks the host, say
                 warnings.warn(f"no CUDA graph, so steps are slow: {error}")
                 self.cuda_graph = False
-                for chance in torch.cuda.default_generators:  # else stuck in the recording
+                for chance in torch.cuda.default_generators:  # else they stay in capture mode
                     chance.graphsafe_set_state(chance.clone_state().graphsafe_get_state())
         return result
 
@@ -444,8 +445,7 @@ class Decoder:
     def read(self, tokens, depths, mask):
         """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
 
-        depths (T,), mask (T, T): of a tree or a chain.  Returns the base's logits (B, T, V) and
-        what the heads see (B, T, D).
+        depths (T,), mask (T, T): a tree's or chain's.  Returns logits (B, T, V), hidden (B, T, D).
         """
         places = torch.arange(tokens.shape[1], device=tokens.device)
         self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
@@ -462,7 +462,7 @@ class Decoder:
         node, bonus = self.accept(tokens, logits, tree)
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
         for kv in self.cache.kv.values() if tree.choices else []:  # a lone root stays where it is
-            commit_path(kv, self.length.repeat(self.layers), path.repeat(self.layers, 1))
+            commit_path(kv, self.length.repeat(self.together), path.repeat(self.together, 1))
         self.length.add_(accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
@@ -471,7 +471,7 @@ class Decoder:
         return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
 
 def check_fit(model, heads, tree, max_context):
-    """Raise ValueError when the tree asks for more than heads and vocabulary have, and the like."""
+    """Raise ValueError if the tree is too much for heads or vocabulary, or for the base."""
     config, depth = model.config, tree.paths.shape[1] - 1
     base = tuple(model.get_output_embeddings().weight.shape)
     own, num_heads = (heads.shape, heads.config.num_heads) if heads else (base, 0)
@@ -508,7 +508,7 @@ class Output:
     """What `generate` returns."""
     sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
     tree: Tree               # what was drafted
-    emitted: list            # for each row how many tokens each step gave, accepted drafts + 1
+    emitted: list            # by row, for each step after prefill: accepted drafts + 1, uncut
     new_tokens: list         # for each row its new tokens, without padding
     seconds: float           # of all steps, prefill left out, later buckets' graphs included
     cache_bytes: int = 0     # of keys and values
@@ -526,13 +526,13 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
 
     input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
     None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical",
-    "sampling" (temperature 0 is greedy), or a rule as for Decoder.  eos_token_id: one, several or
+    "sampling" (temperature 0: all greedy), or a rule as for Decoder.  eos_token_id: one, several or
     none.  A row stops at EOS, after max_new_tokens, with max_context tokens (default: what is
-    needed, up to the model's longest), and where transformers' stopping_criteria say so.
-    streamer: of transformers, for B = 1; it gets the prompt, then each step's tokens.  cuda_graph,
-    compile: see Decoder.  decoder: one to use again.  Returns an Output, or raises ValueError.
+    needed, up to the model's longest), and where transformers' stopping_criteria say so.  streamer:
+    of transformers, for B = 1; gets prompt and new tokens.  cuda_graph, compile: as for Decoder.
+    decoder: used again with all that was set for it.  Returns an Output, or raises ValueError.
     """
-    tree = heads.choices or heads.usual_choices if tree is None and heads else tree or []
+    tree = (heads.choices or heads.usual_choices) if tree is None and heads else tree or []
     tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
     lengths = mask.sum(1).tolist()
@@ -571,7 +571,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
         if running:
             decoder.longest = max(lengths[row] + len(new[row]) - 1 for row in running)
             result = decoder.step()
-        if streamer:  # a GPU is at the next step meanwhile
+        if streamer:  # B is 1; a GPU is at the next step meanwhile
             streamer.put(torch.tensor(new[0][before:]))
     seconds = time.perf_counter() - start
     if streamer:
@@ -898,7 +898,7 @@ def figures(name, outs, plain):
 
 def study(args, model, tokenizer):
     """Train heads of one kind, or of all to compare them: a line of figures for each tree."""
-    name = args.model or "demo"
+    name = args.model or ("" if args.heads else "demo")
     require(args.save not in (None, name) if args.train else name in BUILT_IN,
             "give --train TEXT and --save, a folder for the heads")
     folder = Path(args.save or built_in_folder(name, model.device))

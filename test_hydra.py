@@ -725,7 +725,7 @@ def test_kv_cache_writes_at_its_slots():
 
 def kept(cache):
     """Keys and values (B, H, S, Dh) of each layer."""
-    return list(zip(*(kv.unflatten(0, (cache.num_layers, -1)) for kv in cache.kv.values())))
+    return list(zip(*(kv.unflatten(0, (cache.together, -1)) for kv in cache.kv.values())))
 
 
 @torch.inference_mode()
@@ -1968,6 +1968,8 @@ def test_command_line_trains_heads_that_can_be_used_and_trained_on(
         code, _, err = run_main(capsys, *base_of, "--heads", home, "--device", "cpu", "--prompt",
                                 "the tree", "--max-new-tokens", 8)
         assert code == 0 and "identical to plain decoding's" in err
+    code, _, err = run_main(capsys, "--heads", home, "--device", "cpu", "--compare")
+    assert code == 2 and "--train" in err                     # the demo's text is not for this base
 
     assert run_main(capsys, *args)[0] == 0 and len(starts) == 1  # finished: not trained again
     (home / "tree.json").write_text("null")                   # as Ctrl-C leaves it
