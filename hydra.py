@@ -138,15 +138,15 @@ def make_prefix_layer(model):
     It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t].  In
     the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config.get_text_config())
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
-    config.num_hidden_layers, config.use_cache = 1, False
+    behind, config.num_hidden_layers, config.use_cache = config.num_hidden_layers, 1, False
     layer = transformers.AutoModel.from_config(config)
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
     for module in layer.modules():
         for name in {"layer_idx", "layer_id"} & vars(module).keys():
-            setattr(module, name, model.config.num_hidden_layers)  # 0 is the base's own layer
+            setattr(module, name, behind)  # 0 is the base's own layer
     return layer
 # -------------------------------------------------------------------------------------- 2 tree
 # The tree of the released code: for each expanded choice, how many of its best children are in it
@@ -339,14 +339,14 @@ class TreeCache(transformers.Cache):
     def __init__(self, together, num_slots):
         super().__init__(layers=[])
         self.together, self.num_slots, self.live = together, num_slots, num_slots
-        self.kv = {}  # (layer // together, 0 keys or 1 values, shape): (together * B, H, S, Dh)
+        self.kv = {}  # (layer // together, 0 keys or 1 values, ...): (together * B, H, S, Dh)
     def update(self, key, value, layer_idx, *_, **__):
         """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
         group, first = layer_idx // self.together, layer_idx % self.together * len(key)
         rows, views = torch.arange(first, first + len(key), device=key.device)[:, None], []
         for which, new in enumerate((key, value)):
             shape = self.together * len(new), new.shape[1], self.num_slots, new.shape[3]
-            if (name := (group, which, shape)) not in self.kv:  # device and dtype are new's
+            if (name := (group, which, shape, new.dtype)) not in self.kv:
                 self.kv[name] = new.new_zeros(shape)
             self.kv[name][rows, :, self.slots] = new.transpose(1, 2)
             views.append(self.kv[name][first:first + len(new), :, :self.live])
@@ -379,7 +379,7 @@ class Decoder:
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
         extra = bool(heads and heads.config.prefix_layer)
-        self.together = 1 if compile else model.config.num_hidden_layers + extra  # share a tensor
+        self.together = 1 if compile else model.config.get_text_config().num_hidden_layers + extra
         self.cache = TreeCache(self.together, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
         self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
@@ -395,8 +395,7 @@ class Decoder:
     def prefill(self, input_ids, attention_mask=None):
         """Read the prompts; then their last token once more, as root of a first, plain step.
 
-        input_ids, attention_mask (B, T): 0 marks padding, on either side.  Returns each row's first
-        token (B, 1), and ones (B,), as `step` does.
+        input_ids, attention_mask (B, T): 0 pads, on either side.  Returns as `step`: tokens (B, 1).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
         # padding moves behind its row, into free slots (past S - 1: that one): none reads those
@@ -472,20 +471,21 @@ class Decoder:
 
 def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the tree is too much for heads or vocabulary, or for the base."""
-    config, depth = model.config, tree.paths.shape[1] - 1
+    config, depth = model.config.get_text_config(), tree.paths.shape[1] - 1
     base = tuple(model.get_output_embeddings().weight.shape)
     own, num_heads = (heads.shape, heads.config.num_heads) if heads else (base, 0)
     require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
     require(depth <= num_heads, f"the tree is {depth} deep but there are {num_heads} draft heads")
-    windows = [getattr(config, name, None)
-               for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    windows = [getattr(config, name, None) for name in
+        "sliding_window attention_chunk_size window_size floor_scale keep_window_size".split()]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # its frequencies change there
         windows.append(rope["original_max_position_embeddings"])
     window = min(filter(None, windows), default=math.inf)
     require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
     odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
-           if getattr(config, what, False) or getattr(model, what, False)]
+           if any(getattr(part, what, False) for part in (model, model.config, config))]
+    odd += {"linear_attention", "conv", "mamba"} & {*(getattr(config, "layer_types", None) or ())}
     odd += [name for name in [config._attn_implementation] if name not in ("sdpa", "eager")]
     require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
             f"{config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
@@ -540,7 +540,7 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
             "the prompt is empty: give every row one token or more, and a mask of the same shape")
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     max_context = max_context or min(limit, max(lengths) + max_new_tokens)
     rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
     decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,

@@ -718,7 +718,8 @@ def test_kv_cache_writes_at_its_slots():
     assert torch.equal(keys[0, :, :4], torch.cat([key[0], key[0] + 1], 1))
     other, _ = cache.update(key, value, 8)        # and each layer has its own
     assert not torch.equal(other, keys) and torch.equal(other[0, :, 2:4], key[0])
-    wide = torch.randn(2, 1, 2, 6)                # even if its shape differs
+    wide = torch.randn(2, 1, 2, 6)                # even if its shape or dtype differs
+    assert cache.update(key.double(), value, 0)[0].dtype == torch.float64
     assert torch.equal(cache.update(wide, wide, 0)[0][1, :, 5:7], wide[1])
     assert torch.equal(cache.update(key, value, 7)[0], keys)
 
@@ -1141,6 +1142,30 @@ def test_decode_loop_wide_padding_needs_no_more_room(side):
         assert row == wanted(model, prompt, 5)
 
 
+def with_pictures(**changes):
+    """A base that reads pictures, too: its text model has a configuration of its own."""
+    torch.manual_seed(2)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        text_config=dict(model_type="mistral", vocab_size=VOCAB, hidden_size=WIDTH,
+                         intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=0.5,
+                         max_position_embeddings=LIMIT) | dict(sliding_window=None) | changes,
+        vision_config=dict(model_type="clip_vision_model", hidden_size=8, intermediate_size=8,
+                           num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4),
+        image_token_index=VOCAB - 1)).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_loop_reads_the_text_model_of_a_base_with_pictures(kind):
+    model, prompts = with_pictures(), [(1, 2, 3), (4, 5, 6, 7, 8)]
+    ids, mask = pad(prompts, "left")
+    output = hydra.generate(model, make_heads(kind, model), ids, attention_mask=mask,
+                            max_new_tokens=40)
+    assert_greedy(model, prompts, output, 40)
+    with pytest.raises(ValueError, match=f"must lie in 1 .. {LIMIT}"):
+        hydra.generate_plain(model, ids, attention_mask=mask, max_context=LIMIT + 1)
+
+
 def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
     alibi = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4,
@@ -1157,8 +1182,15 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
             original_max_position_embeddings=10)))
     flex = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(base("llama").config),
                                                          attn_implementation="flex_attention")
+    conv = transformers.AutoModelForCausalLM.from_config(transformers.Lfm2Config(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
     for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
-                           (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex")):
+                           (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex"),
+                           (with_pictures(sliding_window=8), "window of 8"), (conv, "conv"),
+                           (t5, "is_encoder_decoder")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
