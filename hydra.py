@@ -36,7 +36,7 @@ node is named by its *choice*, the path of child ranks that leads to it:
 One idea keeps the file small: a step reads nothing back to the host, and its shapes depend on no
 token. A tree always has N nodes, a path is depth + 1 nodes (padded with its last node), and every
 row carries its own length as a tensor. Batches in which each row accepts another number of tokens,
-CUDA graphs and torch.compile all follow from that choice.  Only the slots read grow: 512, 1024, ..
+CUDA graphs and torch.compile all follow from that choice. Only the slots read grow: 512, 1024, ...
 
 Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
 L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
@@ -371,14 +371,14 @@ class Decoder:
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
     included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token).
-    cuda_graph: record the step and replay it; None: on CUDA.  compile: torch.compile the step.
+    cuda_graph: replay a recorded step (None: on CUDA).  compile: torch.compile it.  Or ValueError.
     """
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        extra = bool(heads and heads.config.prefix_layer)  # torch.compile copies what it tunes
+        extra = bool(heads and heads.config.prefix_layer)  # compiled: 1, as tuning copies tensors
         self.together = 1 if compile else model.config.get_text_config().num_hidden_layers + extra
         self.cache = TreeCache(self.together, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
@@ -398,7 +398,7 @@ class Decoder:
         input_ids, attention_mask (B, T): 0 pads, on either side.  Returns as `step`: tokens (B, 1).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves behind its row, into free slots (past S - 1: that one): none reads those
+        # padding moves behind its row, to slots that nobody reads (at most the last: see `read`)
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # bounds all lengths

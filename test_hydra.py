@@ -2400,7 +2400,7 @@ def print_steps(model, heads, batches, sizes, committed=256, context=2048, compi
         print(f"{batch:5}{size:7}{decoder.cache.live:8}{1e3 * bare:9.2f}{1e3 * read:16.2f}"
               f"{weights / 1e9:10.2f}{weights / bare / 1e9:6.0f}{weights / bare / speed:12.0%}"
               f"{bare / plain[batch]:12.2f}", flush=True)
-        if used and batch == batches[0] and not compile:
+        if used and (batch, size) == (batches[0], sizes[-1]) and not compile:
             decoder.length.fill_(committed)
             times = phase_seconds(decoder, on_gpu and cuda_graph is not False).items()
             phases = ", ".join(f"{phase} {1e3 * time:.2f}" for phase, time in times)
