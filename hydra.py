@@ -483,8 +483,8 @@ def check_fit(model, heads, tree, max_context):
         windows.append(rope["original_max_position_embeddings"])
     window = min(filter(None, windows), default=math.inf)
     require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
-    odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful")
-           if any(getattr(part, what, False) for part in (model, model.config, config))]
+    odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful", "num_random_blocks",
+           "index_topk") if any(getattr(part, what, 0) for part in (model, model.config, config))]
     odd += {"linear_attention", "conv", "mamba"} & {*(getattr(config, "layer_types", None) or ())}
     odd += [name for name in [config._attn_implementation] if name not in ("sdpa", "eager")]
     require(not odd and "position_ids" in inspect.signature(model.forward).parameters,

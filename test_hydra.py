@@ -1187,10 +1187,16 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
         num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
+    sparse = transformers.AutoModelForCausalLM.from_config(transformers.BigBirdConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, is_decoder=True))
+    indexed = copy.deepcopy(base("llama"))
+    indexed.config.index_topk = 8  # as DeepSeek V3.2: an indexer keeps a cache of its own
     for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
                            (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex"),
                            (with_pictures(sliding_window=8), "window of 8"), (conv, "conv"),
-                           (t5, "is_encoder_decoder")):
+                           (t5, "is_encoder_decoder"), (sparse, "num_random_blocks"),
+                           (indexed, "index_topk")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
