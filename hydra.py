@@ -54,7 +54,7 @@ from torch import nn
 class HydraConfig:
     """Which draft heads to build; section 8's KINDS says how Medusa, Hydra and Hydra++ differ."""
     num_heads: int = 4          # K, how many tokens below the root can be guessed
-    num_layers: int = 1         # blocks in each head's MLP; Hydra++ has 4
+    num_layers: int = 1         # blocks in a head's MLP, all but the first shared; Hydra++ has 4
     grounded: bool = True       # True is Hydra; False is Medusa, whose heads see no tokens
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
     dropout: float = 0.0        # needs prefix_layer; before every block and every lm_head
@@ -91,7 +91,7 @@ class DraftHeads(nn.Module):
         super().__init__()
         self.config, self.base_name = config, model.config.name_or_path
         self.choices = None  # of the fastest tree, where section 8 has searched one
-        self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()
+        self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()  # released names
         self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)  # V, D
         for i in range(config.num_heads):
             # subtle: all blocks after the first are one module, used again and again; without
@@ -104,10 +104,10 @@ class DraftHeads(nn.Module):
             for own, base in zip(lm_head.parameters(), model.get_output_embeddings().parameters()):
                 own.data.copy_(whole(base))
             drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []  # as released
-            self.hydra_mlp.append(nn.Sequential(*sum(([*drop, block] for block in blocks), [])))
+            self.hydra_mlp.append(nn.Sequential(*(m for block in blocks for m in (*drop, block))))
             self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
-        self.usual_choices = [choice for choice in MC_SIM_7B_63  # as far as it fits
+        self.usual_choices = [choice for choice in MC_SIM_7B_63  # section 2's, as far as it fits
                               if len(choice) <= config.num_heads and max(choice) < vocab]
         set_dtype(self.eval(), model.dtype)
         self.to(model.device)
@@ -249,9 +249,9 @@ def mask_behind_prefix(mask, length, num_slots, dtype):
     mask (T, T) bool; length (B,): committed slots.  The tree lies at length .. length + T - 1; all
     see the prefix before it, none the free slots.  Additive: 0, or dtype's most negative number.
     """
-    sights = F.pad(F.pad(mask, (1, 0), value=True), (0, 1), value=False)   # (T, 1 + T + 1)
+    sights = F.pad(F.pad(mask, (1, 0), value=True), (0, 1))  # (T, T + 2) of prefix, tree, free
     slots = torch.arange(num_slots, device=length.device)
-    kinds = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)  # (B, S) 0 prefix, T + 1 free
+    kinds = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)  # (B, S) a column of sights
     visible = sights[:, kinds].transpose(0, 1)[:, None]                    # (B, 1, T, S)
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 # ---------------------------------------------------------------------------------- 4 drafting
@@ -358,7 +358,7 @@ def commit_path(kv, length, path):
     kv (B, H, S, Dh): keys or values whose tree starts at slot length (B,).  path (B, depth+1):
     nodes from the root to the last accepted one, padded with it (what padding writes is scratch).
 
-        prefix | sat  on  down  the  a  .  mat        path 0 1 4 4 -> slots 0 1 4 4 of the tree
+        prefix | sat  on  down  the  a  .  mat        nodes 0 1 4 4 go to slots 0 1 2 3
         prefix   sat  on  a   | a    a  .  mat        then length += 3: the rest is scratch
     """
     rows = torch.arange(len(path), device=path.device)[:, None]            # (B, 1)
@@ -371,14 +371,14 @@ class Decoder:
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
     included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token).
-    cuda_graph: replay a recorded step (None: on CUDA).  compile: torch.compile it.  Or ValueError.
+    cuda_graph: replay a recorded step (None: on CUDA).  compile: torch.compile.  Raises ValueError.
     """
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
                  cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        extra = bool(heads and heads.config.prefix_layer)  # compiled: 1, as tuning copies tensors
+        extra = bool(heads and heads.config.prefix_layer)  # 1 if compiled: tuning copies tensors
         self.together = 1 if compile else model.config.get_text_config().num_hidden_layers + extra
         self.cache = TreeCache(self.together, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
@@ -398,7 +398,7 @@ class Decoder:
         input_ids, attention_mask (B, T): 0 pads, on either side.  Returns as `step`: tokens (B, 1).
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves behind its row, to slots that nobody reads (at most the last: see `read`)
+        # padding moves behind its row; nobody reads it there (`read` keeps it within the cache)
         order = mask.argsort(dim=1, descending=True, stable=True)
         tokens, length = input_ids.gather(1, order), mask.sum(1)
         self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # bounds all lengths
@@ -462,7 +462,7 @@ class Decoder:
         path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
         for kv in self.cache.kv.values() if tree.choices else []:  # a lone root stays where it is
             commit_path(kv, self.length.repeat(self.together), path.repeat(self.together, 1))
-        self.length.add_(accepted + 1).clamp_(max=self.max_context)
+        self.length.add_(accepted + 1).clamp_(max=self.max_context)  # finished rows run on
         self.root.copy_(bonus)
         self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
         # root d1 d2 d2 -> d1 d2 d2 root; the bonus token goes in behind the accepted drafts
@@ -487,8 +487,8 @@ def check_fit(model, heads, tree, max_context):
            "index_topk") if any(getattr(part, what, 0) for part in (model, model.config, config))]
     odd += {"linear_attention", "conv", "mamba"} & {*(getattr(config, "layer_types", None) or ())}
     odd += [name for name in [config._attn_implementation] if name not in ("sdpa", "eager")]
-    require(not odd and "position_ids" in inspect.signature(model.forward).parameters,
-            f"{config.model_type} cannot read a tree: {odd or 'it takes no position_ids'}")
+    odd += {"position_ids", "past_key_values"} - {*inspect.signature(model.forward).parameters}
+    require(not odd, f"{config.model_type} cannot read a tree, for what it has or lacks: {odd}")
     require(tree.width <= base[0], f"the tree asks for rank {tree.width - 1} of {base[0]} tokens")
     limit = getattr(config, "max_position_embeddings", None) or max_context
     require(0 < max_context <= limit, f"max_context must lie in 1 .. {limit}, not at {max_context}")
@@ -510,11 +510,11 @@ class Output:
     tree: Tree               # what was drafted
     emitted: list            # by row, for each step after prefill: accepted drafts + 1, uncut
     new_tokens: list         # for each row its new tokens, without padding
-    seconds: float           # of all steps, prefill left out, later buckets' graphs included
+    seconds: float           # of all steps, prefill left out, graphs recorded later included
     cache_bytes: int = 0     # of keys and values
     @property
     def tokens_per_step(self):
-        """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
+        """Accepted drafts + 1, averaged over all steps of all rows; 1.0 if plain, 0.0 if none."""
         return sum(map(sum, self.emitted)) / max(sum(map(len, self.emitted)), 1)
 
 @torch.inference_mode()
@@ -593,7 +593,6 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
-
 KINDS = {  # the paper's recipes: what the heads are, and which losses they learn from
     "medusa": (dict(grounded=False), {}), "hydra": ({}, {}),
     "hydra++": (dict(num_layers=4, prefix_layer=True), dict(lm_weight=0.0, teacher_weight=1.0))}
@@ -797,7 +796,7 @@ DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads
 def read_texts(paths):
     """Texts, none twice: files, and a folder's .txt, .md and .py files."""
     files = [file for path in map(Path, paths) for file in (sorted(path.rglob("*")) or [path])
-             if file == path or file.suffix in (".txt", ".md", ".py")]
+             if file == path or file.is_file() and file.suffix in (".txt", ".md", ".py")]
     return list(dict.fromkeys(file.read_text("utf-8", "replace") for file in files))
 
 def encode(tokenizer, texts):
@@ -814,16 +813,17 @@ def cut(ids, count, width, device):
 
 def make_heads(kind, model, texts, folder, num_heads=4, **options):
     """The heads of a kind in folder, with their tree; trained there, or further, if need be."""
-    config, losses = KINDS[kind]
+    config, losses = HydraConfig(num_heads, **KINDS[kind][0]), KINDS[kind][1]
     saved = (Path(folder) / "hydra_lm_head.pt").exists()
-    heads = load_heads(folder, model) if saved else DraftHeads(HydraConfig(num_heads, **config),
-                                                               model)
-    require(heads.config == HydraConfig(heads.config.num_heads, **config), f"{folder}: not {kind}")
+    heads = load_heads(folder, model) if saved else DraftHeads(config, model)
+    require(heads.config == config, f"{folder} holds other heads than {num_heads} of {kind}")
     if heads.choices is None:  # the tree comes last
         train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
                     **losses, **options)
         heads.choices = fastest_tree(model, heads, cut(texts[1], 64, 32, model.device))
         save_heads(heads, folder)
+    else:
+        print(f"hydra.py: {folder} holds finished heads, used as they are", file=sys.stderr)
     return heads
 
 def build(name, folder, device):
@@ -890,7 +890,8 @@ def figures(name, outs, plain):
     grams = [tuple(row[k:k + 4]) for row in rows for k in range(len(row) - 3)]
     counts = [count for out in outs for row in out.emitted for count in row] or [0]
     seconds, base = (sum(out.seconds for out in some) or 1e-9 for some in (outs, plain))
-    rate, base = sum(map(len, rows)) / seconds, (sum(map(len, expected)) or 1) / base
+    made = lambda rows: sum(len(row[1:]) for row in rows)  # prefill gave the first token
+    rate, base = made(rows) / seconds, (made(expected) or 1) / base
     return (f"{name:16}{outs[0].tree.num_nodes:6}{sum(counts) / len(counts):13.2f}"
             f"{1000 * seconds * len(rows) / len(counts) / len(outs):9.2f}{rate:10.0f}"
             f"{rate / base:9.2f}{len(set(grams)) / max(len(grams), 1):9.0%}"
@@ -929,12 +930,13 @@ def study(args, model, tokenizer):
 def run(args):
     """Stream the text to standard output, the figures behind it to standard error."""
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
+    torch.manual_seed(args.seed)
     if args.train or args.compare:
         return study(args, model, tokenizer)
     if not heads:
         print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
     chat = bool(tokenizer.chat_template) and not args.raw
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     text = ("What is a tree?" if chat else "The try statement") if text is None else text
     bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
     if chat:
@@ -946,9 +948,7 @@ def run(args):
     options = {name: getattr(args, name) for name in (*DECODING, "compile", "cuda_graph")}
     options["eos_token_id"] = model.generation_config.eos_token_id
     streamer = ColourStreamer(tokenizer, chat, skip_special_tokens=True)
-    torch.manual_seed(args.seed)
     out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
-    torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
     same = out.new_tokens == plain.new_tokens
     size = lambda module: sum(part.nbytes for part in module.parameters()) >> 20 if module else 0
@@ -966,7 +966,7 @@ def main(argv=None):
     add("--heads", help="folder or Hub id of draft heads; None: those of the model")
     add("--prompt", help="the text to go on with; -: standard input; None: one that fits")
     add("--raw", action="store_true", help="the prompt as it is, without a chat template")
-    add("--seed", type=int, default=0, help="of sampling")
+    add("--seed", type=int, default=0, help="of sampling and training")
     add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
     add("--device", help="cuda, cpu or mps; None: cuda if there is one")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")

@@ -1190,13 +1190,15 @@ def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
     sparse = transformers.AutoModelForCausalLM.from_config(transformers.BigBirdConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, is_decoder=True))
+    gpt = transformers.AutoModelForCausalLM.from_config(transformers.OpenAIGPTConfig(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=4))  # the first GPT keeps no cache
     indexed = copy.deepcopy(base("llama"))
     indexed.config.index_topk = 8  # as DeepSeek V3.2: an indexer keeps a cache of its own
     for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
                            (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex"),
                            (with_pictures(sliding_window=8), "window of 8"), (conv, "conv"),
                            (t5, "is_encoder_decoder"), (sparse, "num_random_blocks"),
-                           (indexed, "index_topk")):
+                           (indexed, "index_topk"), (gpt, "past_key_values")):
         with pytest.raises(ValueError, match=message):
             hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
     ids = torch.ones(1, 4, dtype=torch.long)
@@ -1855,6 +1857,7 @@ def test_models_heads_on_disk_stay_whole_when_writing_fails(tmp_path, monkeypatc
 
 def test_models_read_texts_from_files_and_folders(tmp_path):
     (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    (tmp_path / "folder" / "notes.md").mkdir()
     for name, text in {"a.rst": "a", "folder/b.txt": "b\n\nb", "folder/c.py": "c",
                        "folder/deeper/d.md": "d", "folder/e.png": "e", "folder/f.txt": "c"}.items():
         (tmp_path / name).write_text(text)
@@ -1937,9 +1940,9 @@ def test_command_line_figures_are_counted_from_the_outputs():
     drafted = [hydra.Output(None, tree(SEVEN), [[3, 2]], [[1] * 6], 0.3),
                hydra.Output(None, tree(SEVEN), [[2]], [[7, 9]], 0.2)]
     assert hydra.figures("plain", plain, plain).split() == [
-        "plain", "1", "1.00", "333.33", "4", "1.00", "33%", "2/2"]
+        "plain", "1", "1.00", "333.33", "3", "1.00", "33%", "2/2"]  # prefill's tokens left out
     assert hydra.figures("x", drafted, plain).split() == [
-        "x", "7", "2.33", "166.67", "16", "4.00", "33%", "1/2"]
+        "x", "7", "2.33", "166.67", "12", "4.00", "33%", "1/2"]
 
 
 def test_command_line_with_nothing_to_add_and_at_the_end_of_the_context(folder, capsys):
@@ -2009,11 +2012,20 @@ def test_command_line_trains_heads_that_can_be_used_and_trained_on(
     code, _, err = run_main(capsys, "--heads", home, "--device", "cpu", "--compare")
     assert code == 2 and "--train" in err                     # the demo's text is not for this base
 
-    assert run_main(capsys, *args)[0] == 0 and len(starts) == 1  # finished: not trained again
+    code, _, err = run_main(capsys, *args, "--steps", 9)      # finished: not trained again
+    assert code == 0 and len(starts) == 1 and f"{home} holds finished heads" in err
+    code, _, err = run_main(capsys, *args, "--num-heads", 2)
+    assert code == 2 and f"{home} holds other heads than 2 of hydra" in err
     (home / "tree.json").write_text("null")                   # as Ctrl-C leaves it
     assert run_main(capsys, *args)[0] == 0 and len(starts) == 2
     assert all(map(torch.equal, heads.parameters(), starts[1]))
     assert json.loads((home / "tree.json").read_text())
+
+    for seed in 0, 0, 1:
+        other = tmp_path / f"heads{len(starts)}"
+        assert run_main(capsys, *args, "--save", other, "--seed", seed)[0] == 0
+    same = [all(map(torch.equal, starts[2], starts[k])) for k in (3, 4)]
+    assert same == [True, False]                              # first weights are drawn
 
 
 def test_command_line_compares_all_kinds(folder, text_file, tmp_path, capsys):
@@ -2095,7 +2107,7 @@ def test_command_line_in_a_pipe_is_plain_and_repeatable(folder, capsys, monkeypa
     assert piped.startswith("the tree") and "\033" not in piped
     texts = []
     for seed in "12":
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the tree"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the tree\n"))  # as echo sends it
         texts.append(run_main(capsys, *args, seed)[1])
     assert texts[0] == piped != texts[1]
 
