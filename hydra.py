@@ -418,7 +418,7 @@ class Decoder:
         """Returns tokens (B, depth+1) and counts (B,), how many are new; a graph reuses both."""
         needed = self.longest + self.tree.num_nodes  # slots; attention reads 512, 1024, ..., or all
         live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
-        self.longest = min(self.longest + self.tree.paths.shape[1], self.max_context)
+        self.longest += self.tree.paths.shape[1]
         if live in self.graphs:
             self.graphs[live].replay()
             return self.graphs[live].result
@@ -535,13 +535,13 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     tree = (heads.choices or heads.usual_choices) if tree is None and heads else tree or []
     tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
-    lengths = mask.sum(1).tolist()
-    require(mask.shape == input_ids.shape and min(lengths, default=0) > 0,
+    lengths = mask.sum(-1).view(-1).tolist()
+    require(mask.dim() == 2 and mask.shape == input_ids.shape and min(lengths, default=0) > 0,
             "the prompt is empty: give every row one token or more, and a mask of the same shape")
     require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    max_context = max_context or min(limit, max(lengths) + max_new_tokens)
+    max_context = min(limit, max(lengths) + max_new_tokens) if max_context is None else max_context
     rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
     decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,
                                  cuda_graph=cuda_graph, compile=compile)
@@ -876,10 +876,9 @@ class ColourStreamer(transformers.TextStreamer):
     """Prints text word by word; a word is green when its last token is an accepted draft."""
     green = False
     def put(self, value):
-        pieces = value if value.dim() == 2 else value.split(1)  # the prompt, or a step's tokens
-        for place, piece in enumerate(pieces, start=1):
+        for place, piece in enumerate(value.split(1), start=1):  # the prompt, or a step's tokens
             super().put(piece)  # prints the word before, in the last token's colour
-            self.green = place < len(pieces)
+            self.green = place < len(value)
     def on_finalized_text(self, text, stream_end=False):
         colour = self.green and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         super().on_finalized_text(f"\033[32m{text}\033[0m" if colour else text, stream_end)
@@ -949,6 +948,7 @@ def run(args):
     options["eos_token_id"] = model.generation_config.eos_token_id
     streamer = ColourStreamer(tokenizer, chat, skip_special_tokens=True)
     out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
+    torch.manual_seed(args.seed)
     plain = generate_plain(model, ids, **options)
     same = out.new_tokens == plain.new_tokens
     size = lambda module: sum(part.nbytes for part in module.parameters()) >> 20 if module else 0

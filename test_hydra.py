@@ -49,6 +49,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import ByteLevelBPETokenizer
+from torch import nn
 from torch.testing import assert_close
 from torch.utils.benchmark import Timer
 
@@ -385,6 +386,20 @@ def test_draft_heads_prefix_layer_is_one_causal_layer_of_the_base(name):
     assert make_heads("hydra", model).read_prefix(hidden) is hidden
 
 
+def test_draft_heads_usual_tree_fits_a_small_vocabulary():
+    model = base("llama", vocab_size=8)
+    heads = make_heads("hydra", model)
+    assert heads.usual_choices == [choice for choice in hydra.MC_SIM_7B_63 if max(choice) < 8]
+    hydra.generate(model, heads, torch.ones(1, 3, dtype=torch.long), max_new_tokens=5)
+
+
+def test_draft_heads_prefix_layer_attends_to_all_positions():
+    model = copy.deepcopy(base("qwen3"))
+    model.config.sliding_window, model.config.layer_types = 200, ["sliding_attention"] * 2
+    assert make_heads("hydra++", model).prefix_embeding_layer.config.layer_types == [
+        "full_attention"]
+
+
 # -------------------------------------------------------------------------------------- 2 tree
 
 def test_tree_build_tree_running_example():
@@ -682,6 +697,36 @@ def test_acceptance_accept_sampling_draws_what_plain_sampling_draws(temperature)
     assert_distributed(node * vocab + bonus, chance.flatten())
 
 
+def test_acceptance_choose_acceptance_at_the_bounds_of_its_settings():
+    hydra.choose_acceptance("typical", 1e-5, 1, 1)
+    for temperature in (1e-6, 1e5):
+        with pytest.raises(ValueError, match="temperature"):
+            hydra.choose_acceptance("typical", temperature, 1, 1)
+
+
+def test_acceptance_accept_typical_asks_for_more_than_the_threshold():
+    tree, tokens = hydra.build_tree([[0]]), torch.tensor([[0, 1]])
+    node, _ = hydra.accept_typical(tokens, torch.zeros(1, 2, 2), tree, 1.0, epsilon=0.5, delta=1.0)
+    assert node.tolist() == [0]  # 0.5 is not more than 0.5
+
+
+def test_acceptance_accept_typical_compares_in_float32():
+    tree, tokens = hydra.build_tree([[0]]), torch.tensor([[0, 1]])
+    logits = torch.tensor([0.0, -3.0]).bfloat16().expand(1, 2, 2)
+    p = logits[0, 0].float().softmax(-1)[1].item()
+    for epsilon, node in ((p * 0.9999, 1), (p * 1.0001, 0)):
+        got, _ = hydra.accept_typical(tokens, logits, tree, 1.0, epsilon=epsilon, delta=0.9)
+        assert got.tolist() == [node]
+
+
+def test_acceptance_accept_sampling_draws_in_float32():
+    torch.manual_seed(0)
+    logits = torch.zeros(4_000_000, 1, 2, dtype=torch.bfloat16)  # ties would be the first token's
+    tokens = torch.zeros(4_000_000, 1, dtype=torch.long)
+    _, drawn = hydra.accept_sampling(tokens, logits, hydra.build_tree([]), 1.0)
+    assert_distributed(drawn, torch.tensor([0.5, 0.5]))
+
+
 # ---------------------------------------------------------------------------------- 6 KV cache
 
 def test_kv_cache_commit_path_running_example():
@@ -758,6 +803,16 @@ def test_kv_cache_after_commits_equals_a_fresh_prefill(name):
                 if layer < 2:
                     other = (theirs.layers[layer].keys, theirs.layers[layer].values)[part][0]
                     assert_close(own, other, atol=1e-4, rtol=1e-3)
+
+
+def test_kv_cache_has_tensors_for_every_group_of_layers():
+    cache = hydra.TreeCache(2, 4)
+    cache.slots = torch.tensor([[0], [2]])
+    new = [torch.full((2, 1, 1, 3), layer + 1.0) for layer in range(5)]
+    keys = [cache.update(each, each, layer)[0] for layer, each in enumerate(new)]
+    assert len(cache.kv) == 6  # keys and values of layers 0 and 1, 2 and 3, 4
+    for layer, own in enumerate(keys):
+        assert own[0, :, 0].unique().tolist() == own[1, :, 2].unique().tolist() == [layer + 1]
 
 
 # ------------------------------------------------------------------------------- 7 decode loop
@@ -1097,6 +1152,10 @@ def test_decode_loop_in_bfloat16():
 @pytest.mark.parametrize("options, message", [
     (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "empty"),
     (dict(attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "empty"),
+    (dict(input_ids=torch.zeros(0, 3, dtype=torch.long)), "the prompt is empty"),
+    (dict(attention_mask=torch.ones(2, 4)), "same shape"), (dict(max_context=0), f"in 1 .. {LIMIT}"),
+    (dict(attention_mask=torch.ones(3)), "same shape"),
+    (dict(input_ids=torch.ones(3, dtype=torch.long)), "every row"),
     (dict(input_ids=torch.ones(1, LIMIT + 1, dtype=torch.long)), rf"{LIMIT + 1} tokens.*{LIMIT}"),
     (dict(max_context=2), "3 tokens.*2"), (dict(max_context=LIMIT + 1), f"max_context.*{LIMIT}"),
     (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
@@ -1432,6 +1491,109 @@ def test_decode_loop_cuda_steps_without_a_graph_where_recording_fails(name):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_decode_loop_prefill_takes_any_mask_but_zero_as_a_token():
+    model, prompts = base("llama"), random_prompts(61, 5, 2)
+    ids, mask = pad(prompts, "left")
+    got = [hydra.Decoder(model, None, hydra.build_tree([]), 2, 20).prefill(ids, each)[0].tolist()
+           for each in (mask, mask * 5, mask * 0.5)]
+    assert got[0] == got[1] == got[2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decode_loop_padding_wider_than_the_cache(side):
+    model, prompts = base("llama"), random_prompts(3, 10, 4)
+    ids, mask = pad([*prompts, (0,) * 40], side)
+    ids, mask = ids[:2], mask[:2]
+    output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask, tree=SEVEN,
+                            max_new_tokens=5)  # 22 slots for 40 columns
+    assert output.new_tokens == [wanted(model, prompt, 5) for prompt in prompts]
+
+
+@torch.inference_mode()
+def test_decode_loop_reads_a_long_prompt_after_a_short_one():
+    model = base("llama", max_position_embeddings=1200, initializer_range=0.3)
+    heads, states = make_heads("hydra", model), []
+    for before in (None, 5):  # after a step over 512 slots
+        decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 1, 700)
+        if before:
+            decoder.prefill(torch.tensor(random_prompts(62, before)))
+            decoder.step()
+        decoder.prefill(torch.tensor(random_prompts(63, 650)))
+        states.append(decoder.hidden)
+    assert_close(*states)
+
+
+def test_decode_loop_refuses_heads_of_another_width():
+    model, other = base("llama"), base("llama", hidden_size=16)
+    with pytest.raises(ValueError, match=r"\(32, 16\).*\(32, 32\)"):
+        hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size", "window_size",
+                                  "floor_scale", "keep_window_size"])
+def test_decode_loop_keeps_context_and_tree_within_any_window(name):
+    model = copy.deepcopy(base("llama"))
+    setattr(model.config, name, 8)
+    hydra.check_fit(model, None, hydra.build_tree([]), 7)
+    with pytest.raises(ValueError, match="window of 8"):
+        hydra.check_fit(model, None, hydra.build_tree([]), 8)  # and a root
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "conv", "mamba"])
+def test_decode_loop_refuses_layers_with_a_state(kind):
+    model = copy.deepcopy(base("llama"))
+    model.config.layer_types = [kind, "full_attention"]
+    with pytest.raises(ValueError, match=kind):
+        hydra.check_fit(model, None, hydra.build_tree([]), 8)
+
+
+def test_decode_loop_refuses_an_odd_text_model_of_a_base_with_pictures():
+    model = with_pictures()
+    model.config.get_text_config().index_topk = 8
+    with pytest.raises(ValueError, match="index_topk"):
+        hydra.check_fit(model, None, hydra.build_tree([]), 8)
+
+
+def test_decode_loop_check_fit_at_its_bounds():
+    model = base("llama")
+    heads = make_heads("hydra", model)
+    hydra.check_fit(model, heads, hydra.build_tree([[VOCAB - 1]]), LIMIT)  # the last token's rank
+    for max_context in (0, -1, LIMIT + 1):
+        with pytest.raises(ValueError, match=f"must lie in 1 .. {LIMIT}"):
+            hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 1, max_context)
+
+
+def test_decode_loop_refuses_a_decoder_for_another_batch():
+    model = base("llama")
+    decoder = hydra.Decoder(model, None, hydra.build_tree([]), 2, LIMIT)
+    with pytest.raises(ValueError, match="batch size"):
+        hydra.generate(model, None, torch.ones(1, 3, dtype=torch.long), decoder=decoder)
+
+
+def test_decode_loop_reads_fewer_slots_once_the_longest_row_is_done():
+    model = base("llama", max_position_embeddings=1200, initializer_range=0.3)
+    decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree(SEVEN), 2, 603)
+    ids, mask = pad(random_prompts(65, 600, 5))  # room for 3 tokens behind the first
+    hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=40,
+                   decoder=decoder)
+    assert decoder.cache.live == 512
+
+
+def test_decode_loop_output_counts_and_keeps_the_dtype():
+    model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
+    heads = make_heads("hydra++", model)
+    output = hydra.generate(model, heads, ids, tree=SEVEN, max_new_tokens=0)
+    assert output.sequences.dtype == ids.dtype and output.tokens_per_step == 0
+    output = hydra.generate(model, heads, ids, tree=SEVEN, max_new_tokens=10)
+    slots, floats = 3 + 10 + 7, 3 * 2 * 2 * WIDTH  # layers, keys and values, rows, D
+    assert output.cache_bytes == slots * floats * 4
+
+
+def test_decode_loop_hidden_state_keeps_the_dtype_of_the_base():
+    model = base("llama", torch.bfloat16)
+    assert hydra.Decoder(model, None, hydra.build_tree([]), 1, 9).hidden.dtype == torch.bfloat16
+
+
 # ---------------------------------------------------------------------------------- 8 training
 
 def read_text(model, ids):
@@ -1625,6 +1787,115 @@ def test_training_stopped_by_ctrl_c_keeps_what_it_has():
     assert seen == [(True, torch.float32)] * 4 and not heads.training
     assert {weight.dtype for weight in heads.parameters()} == {torch.bfloat16}
     assert len(kept) == 1 and kept[0].dtype == torch.bfloat16 and not torch.equal(kept[0], first)
+
+
+def test_training_head_ranks_has_a_row_for_every_position():
+    model = base("llama")
+    for kind in KINDS:
+        got = hydra.head_ranks(model, make_heads(kind, model), torch.ones(2, 11, dtype=torch.long))
+        assert got.shape == (2, 11 - 1 - NUM_HEADS, NUM_HEADS)
+
+
+def test_training_replay_of_nothing():
+    assert hydra.replay(torch.zeros(2, 0, 4), SEVEN) == 0
+
+
+def test_training_fastest_tree_shrugs_off_one_slow_prompt(monkeypatch):
+    def timed(*args, **options):
+        output = generate(*args, **options)
+        sizes.append(output.tree.num_nodes)
+        output.seconds = sizes[-1] + 100 * (sizes[-1] == 2 and sizes.count(2) == 2)
+        return output
+
+    generate, search, sizes, heard = hydra.generate, hydra.search_tree, [], []
+    monkeypatch.setattr(hydra, "generate", timed)
+    monkeypatch.setattr(hydra, "search_tree", lambda ranks, size: heard.append(ranks) or search(
+        ranks, size))
+    model, text, _, heads = trained("hydra")
+    assert len(hydra.fastest_tree(model, heads, text[:, :4])) == 1
+    # the ranks are those behind the prompts
+    assert torch.equal(heard[0], hydra.head_ranks(model, heads, text)[:, 3:].flatten(0, 1))
+
+
+def test_training_fit_reads_every_window_and_refuses_short_ones():
+    module, seen = nn.Linear(4, 4), []
+
+    def losses(ids):
+        seen.append(ids)
+        return module.weight.square().sum()[None]
+
+    hydra.fit(module, losses, torch.arange(8), steps=1, batch_size=2, seq_len=8)
+    assert seen[0].tolist() == [[*range(8)]] * 2
+    hydra.fit(module, losses, torch.arange(9), steps=1, batch_size=50, seq_len=8)
+    assert set(seen[1][:, 0].tolist()) == {0, 1}
+    for seq_len in (7, 10):
+        with pytest.raises(ValueError, match="8 .. 9"):
+            hydra.fit(module, losses, torch.arange(9), steps=1, seq_len=seq_len)
+
+
+def test_training_fit_warms_up_cools_down_and_clips(monkeypatch):
+    module, rates, norms = nn.Linear(4, 4), [], []
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer, *args, **options):
+        rates.append(optimizer.param_groups[0]["lr"])
+        norms.append(module.weight.grad.norm().item())
+        return step(optimizer, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    hydra.fit(module, lambda ids: 1e3 * module.weight.square().sum()[None], torch.arange(50),
+              steps=40, seq_len=8, lr=0.1, final_lr=0.25)
+    assert rates[:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.025, rel=0.01) and max(norms) < 1.001
+
+
+@pytest.fixture
+def texts():
+    """To train on, choose a tree, compare: each of tokens of its own."""
+    return [torch.arange(400) % 10 + 10 * part for part in range(3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_make_heads_by_the_recipe_of_their_kind(kind, texts, tmp_path, monkeypatch):
+    model, heard, losses = base("llama"), [], hydra.head_losses
+
+    def recorded(*args, **options):
+        heard.append((options, args[3].max().item()))
+        return losses(*args, **options)
+
+    monkeypatch.setattr(hydra, "head_losses", recorded)
+    monkeypatch.setattr(hydra, "fastest_tree", lambda model, heads, prompts: heard.append(
+        (prompts.min().item(), prompts.max().item())) or [[0]])
+    heads = hydra.make_heads(kind, model, texts, tmp_path, steps=1, seq_len=32, batch_size=2)
+    weights = (0.0, 1.0) if kind == "hydra++" else (1.0, 0.0)
+    assert heard == [(dict(zip(("lm_weight", "teacher_weight"), weights)), 9), (10, 19)]
+    assert heads.config == hydra.HydraConfig(**KINDS[kind])
+    for other in set(KINDS) - {kind}:
+        with pytest.raises(ValueError, match=f"other heads than 4 of {re.escape(other)}"):
+            hydra.make_heads(other, model, texts, tmp_path)
+
+
+def test_training_make_heads_keeps_what_ctrl_c_leaves(texts, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hydra, "head_losses", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hydra.make_heads("hydra", base("llama"), texts, tmp_path, steps=1, seq_len=32)
+    assert hydra.load_heads(tmp_path, base("llama")).choices is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_fit_computes_in_the_precision_of_the_module(dtype):
+    module, seen = nn.Linear(4, 4).to(dtype), []
+
+    def losses(ids):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return module.weight.square().sum()[None]
+
+    hydra.fit(module, losses, torch.arange(8), steps=1, seq_len=8)
+    assert seen == [dtype == torch.bfloat16]
 
 
 # ----------------------------------------------------------------------------------- 9 models
@@ -1907,6 +2178,85 @@ def test_models_demo_is_trained_once_and_named_when_broken(demo, tmp_path):
     with pytest.raises(ValueError, match=re.escape(str(weights.parent))):
         hydra.load("demo", device="cpu")
     assert len(demo) == 1 and len(list((tmp_path / "hydra").iterdir())) == 1
+
+
+def test_models_demo_with_heads_of_ones_own(demo, folder, tmp_path):
+    model, _, _ = hydra.load("demo", device="cpu")
+    make_heads("hydra", model).save_pretrained(tmp_path / "own")
+    assert hydra.load("demo", tmp_path / "own", "cpu")[1].config == hydra.HydraConfig()
+
+
+def test_models_short_names_of_vicuna(monkeypatch):
+    def absent(name, *_, **__):
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
+    for heads, named in ((None, "ankner/hydra-vicuna-7b-v1.3"), ("mine", "mine")):
+        with pytest.raises(ValueError, match=f"load lmsys/vicuna-7b-v1.3, heads {named}; .*no lms"):
+            hydra.load("vicuna-7b", heads, "cpu")
+
+
+def test_models_dtype_and_device_are_those_asked_for(folder):
+    assert hydra.load(folder, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA here"):
+            hydra.load(folder, device="cuda")
+
+
+def test_models_heads_whose_configuration_names_nothing(tmp_path):
+    model = base("llama")
+    write_released(tmp_path, model, "mlp", False, 1)
+    (tmp_path / "config.json").write_text("{}")
+    assert hydra.load_heads(tmp_path, model).config == hydra.HydraConfig(4, 1, False, False, 0.0)
+
+
+def test_models_heads_keep_their_dropout_and_follow_the_dtype_of_the_base(tmp_path):
+    make_heads("hydra++", base("llama"), dropout=0.25).save_pretrained(tmp_path)
+    heads = hydra.load_heads(tmp_path, base("llama", torch.bfloat16))
+    assert heads.config.dropout == 0.25
+    assert {weight.dtype for weight in heads.parameters()} == {torch.bfloat16}
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_models_a_checkpoint_cannot_run_code(tmp_path):
+    model = base("llama")
+    state = write_released(tmp_path, model)
+    torch.save(state | {"more": Hostile(str(tmp_path / "made"))}, tmp_path / "hydra_lm_head.pt")
+    with pytest.raises(ValueError, match="does not fit"):
+        hydra.load_heads(tmp_path, model)
+    assert not (tmp_path / "made").exists()
+
+
+def test_models_cut_refuses_to_cut_nothing():
+    with pytest.raises(ValueError, match="held-out"):
+        hydra.cut(torch.arange(45), 0, 10, "cpu")
+
+
+def test_models_another_process_may_have_trained_the_demo(tmp_path, monkeypatch):
+    def build(name, path, device):
+        for folder in (path, tmp_path / ".cache" / "hydra" / f"{name}-1"):
+            folder.mkdir()
+            (folder / "who").write_text(str(folder == path))
+
+    monkeypatch.setattr(hydra, "build", build)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # as good as unset
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = hydra.built_in_folder("demo", torch.device("cpu"))
+    assert folder == tmp_path / ".cache" / "hydra" / "demo-1"
+    assert (folder / "who").read_text() == "False" and len(list(folder.parent.iterdir())) == 1
+
+
+def test_models_heads_are_saved_in_a_folder_of_a_folder(tmp_path):
+    make_heads("hydra", base("llama")).save_pretrained(tmp_path / "new" / "heads")
+    assert (tmp_path / "new" / "heads" / "hydra_lm_head.pt").exists()
 
 
 # ---------------------------------------------------------------------------- 10 command line
@@ -2197,6 +2547,88 @@ def warped_probs(model, ids, warped):
         logits = warper(ids, logits)
     probs = logits.softmax(-1)[0]
     return {token: probs[token].item() for token in probs.nonzero()[:, 0].tolist()}
+
+
+def test_command_line_keeps_a_chat_template_and_its_bos(tmp_path, capsys, monkeypatch):
+    home, heard, generate = tmp_path / "vicuna-of-mine", [], hydra.generate
+    write_vicuna(home)
+    about = json.loads((home / "tokenizer_config.json").read_text())
+    about["chat_template"] = "{{ bos_token }}{{ messages[0].content }}"
+    (home / "tokenizer_config.json").write_text(json.dumps(about))
+
+    @wraps(generate)
+    def recorded(model, heads, ids, **options):
+        heard.append((ids[0].tolist(), options["eos_token_id"], options["cuda_graph"]))
+        return generate(model, heads, ids, **options)
+
+    monkeypatch.setattr(hydra, "generate", recorded)
+    run_main(capsys, "--model", home, "--device", "cpu", "--prompt", "tree", "--max-new-tokens", 2,
+             "--no-cuda-graph")
+    (ids, eos, cuda_graph), *_ = heard
+    assert hydra.load(home, device="cpu")[2].decode(ids[1:]).strip() == "tree"
+    assert ids.count(1) == 1 and ids[0] == 1 and eos == 2 and cuda_graph is False
+
+
+def test_command_line_does_not_save_heads_over_the_model(folder, text_file, capsys):
+    code, _, err = run_main(capsys, "--model", folder, "--device", "cpu", "--train", text_file,
+                            "--save", folder, "--steps", 1)
+    assert code == 2 and "--save" in err and not (folder / "hydra_lm_head.pt").exists()
+
+
+def test_command_line_table_of_the_demo(demo, folder, capsys, monkeypatch):
+    def make(kind, model, texts, home, **options):
+        heard.append(options)
+        return hydra.load_heads(folder / "heads", model)
+
+    def last(tokens, logits, tree, temperature):
+        return torch.full((len(tokens),), tree.num_nodes - 1), tokens[:, -1]
+
+    heard = []
+    monkeypatch.setattr(hydra, "make_heads", make)
+    monkeypatch.setattr(hydra, "accept_sampling", last)
+    monkeypatch.setattr(hydra, "replay", lambda ranks, choices: 100 + len(choices))
+    code, out, _ = run_main(capsys, "--device", "cpu", "--compare", "--num-prompts", 1,
+                            "--max-new-tokens", 8, "--lr", 0.5)
+    assert code == 0 and heard == [hydra.BUILT_IN["demo"][-1] | dict(lr=0.5)] * 3
+    assert [line.split()[-2:] for line in out.splitlines()[2:4]] == [
+        ["4.00", "104.00"], ["5.00", "163.00"]]
+
+
+def test_command_line_figures_of_a_batch():
+    plain = [hydra.Output(None, hydra.build_tree([]), [[1] * 5] * 2, [[1] * 6] * 2, 1.0)]
+    assert hydra.figures("plain", plain, plain).split()[3:5] == ["200.00", "10"]
+
+
+def test_command_line_without_heads_samples_what_plain_decoding_samples(folder, capsys):
+    _, _, err = run_main(capsys, "--model", folder, "--device", "cpu", "--prompt", "the tree",
+                         "--max-new-tokens", 20, "--accept", "sampling")
+    assert "identical to plain decoding's" in err
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (KeyboardInterrupt(), 130, ""), (RuntimeError("a\n b"), 2, "hydra.py: a b\n"),
+    (torch.OutOfMemoryError("full"), 2, "hydra.py: full; lower --max-new-tokens\n")])
+def test_command_line_exit_codes(error, code, message, capsys, monkeypatch):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(hydra, "run", fail)
+    assert run_main(capsys) == (code, "", message)
+
+
+def test_command_line_table_is_decoded_as_asked(demo, folder, capsys, monkeypatch):
+    class Recorded(hydra.Decoder):
+        def __init__(self, *args, **options):
+            heard.append((args[4], options))
+            super().__init__(*args, **options)
+
+    heard = []
+    monkeypatch.setattr(hydra, "Decoder", Recorded)
+    monkeypatch.setattr(hydra, "make_heads", lambda kind, model, *_, **__: hydra.load_heads(
+        folder / "heads", model))
+    run_main(capsys, "--device", "cpu", "--compare", "--num-prompts", 1, "--max-new-tokens", 8,
+             "--no-cuda-graph")
+    assert heard == [(40, dict(compile=False, cuda_graph=False))] * 13
 
 
 # ------------------------------------------------------------------------- the file as a whole
