@@ -378,7 +378,7 @@ class Decoder:
         check_fit(model, heads, tree, max_context)
         self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
         self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        extra = bool(heads and heads.config.prefix_layer)  # 1 if compiled: tuning copies tensors
+        extra = bool(heads and heads.config.prefix_layer)  # below, 1: tuning copies whole tensors
         self.together = 1 if compile else model.config.get_text_config().num_hidden_layers + extra
         self.cache = TreeCache(self.together, max_context + tree.num_nodes)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
