@@ -6,7 +6,6 @@ for a few dozen takes about the same time. So Hydra guesses a small *tree* of co
 cheap draft heads, verifies the whole tree in one forward pass of the base model, and keeps the
 longest path that the base model agrees with. Every decode step does the same:
 
-    length = number of committed tokens, whose keys and values are in the cache
     root   = the token that the base model has chosen but not yet read
     hidden = the base model's last hidden state, the one that predicted root
     repeat:
@@ -16,8 +15,8 @@ longest path that the base model agrees with. Every decode step does the same:
                    prefix, its ancestors and itself (the tree attention mask), nothing else
         3 accept   the longest path whose every token is what the base model wanted there;
                    the base model's next token after that path is a free extra, the bonus token
-        4 commit   the accepted path's keys and values move up behind the prefix; root = bonus
-                   token; length += accepted drafts + 1; hidden = state at the last accepted node
+        4 commit   the accepted path's keys and values stay in the cache, the others' places are
+                   free again; root = bonus token; hidden = state at the last accepted node
 
 Medusa's head i sees hidden alone: it must guess the token at distance i + 2 without knowing which
 tokens stand in between. That one difference is `head_input` below, and it is the paper's idea.
@@ -33,201 +32,314 @@ node is named by its *choice*, the path of child ranks that leads to it:
          |                                       5    [1, 0]        2      2     0
       6 "mat"                                    6    [0, 0, 0]     3      3     0
 
-One idea keeps the file small: a step reads nothing back to the host, and its shapes depend on no
-token. A tree always has N nodes, a path is depth + 1 nodes (padded with its last node), and every
-row carries its own length as a tensor. Batches in which each row accepts another number of tokens,
-CUDA graphs and torch.compile all follow from that choice. Only the slots read grow: 512, 1024, ...
+Two ideas keep the file small.
 
-Shapes: B batch, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache slots,
-L layers, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i token t + 2 + i. Sections 8 to 10 train, load and run it.
+*A step reads nothing back to the host, and its shapes depend on no token.* A tree always has N
+nodes, and every row of a batch carries its own length as a tensor. Rows that accept different
+numbers of tokens, CUDA graphs and torch.compile all follow.
+
+*No key ever moves.* The cache is slots, and beside each slot stands the position in the text of
+the token in it, or -1 if it is free. A tree goes into the first N free slots; to commit a path is
+to write its positions there (picture: `commit_path`). So rows of any length share one tensor, and
+a sliding window is a comparison of two positions.
+
+Shapes: B batch rows, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache
+slots, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
+position t predicts token t + 1, head i token t + 2 + i.
+
+Contents. Part I, the method: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance,
+6 KV cache, 7 decode loop. Part II, to use it: 8 training, 9 models, 10 command line.
 """
-import copy, inspect, math, time, warnings
-from collections import Counter
+import copy
+import inspect
+import math
+import time
+import types
 from dataclasses import dataclass
 from functools import partial
-import torch, transformers
+from itertools import pairwise
+
+import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
-# ------------------------------------------------------------------------------ 1 draft heads
+
+
+def require(condition, message):
+    """Raise ValueError: every bad input ends here, with one line that says what to do."""
+    if not condition:
+        raise ValueError(message)
+
+
+# ------------------------------------------------------------------------- 1 draft heads
+
+
 @dataclass
 class HydraConfig:
-    """Which draft heads to build; section 8's KINDS says how Medusa, Hydra and Hydra++ differ."""
-    num_heads: int = 4          # K, how many tokens below the root can be guessed
-    num_layers: int = 1         # blocks in a head's MLP, all but the first shared; Hydra++ has 4
-    grounded: bool = True       # True is Hydra; False is Medusa, whose heads see no tokens
-    prefix_layer: bool = False  # Hydra++: one more decoder layer over the base's hidden states
-    dropout: float = 0.0        # needs prefix_layer; before every block and every lm_head
+    """Which draft heads to build; KINDS says how Medusa, Hydra and Hydra++ differ."""
+
+    num_heads: int = 4  # K, how many tokens below the root can be guessed
+    num_layers: int = 1  # blocks in a head's MLP
+    grounded: bool = True  # True is Hydra; False is Medusa, whose heads see no tokens
+    prefix_layer: bool = False  # Hydra++: one more decoder layer over the hidden states
+    dropout: float = 0.0  # in training, before every block and lm_head; needs prefix_layer
+
+    def __post_init__(self):
+        require(self.prefix_layer or not self.dropout, "dropout needs prefix_layer=True")
+
+
+KINDS = {
+    "medusa": dict(grounded=False),
+    "hydra": dict(grounded=True),
+    "hydra++": dict(grounded=True, num_layers=4, prefix_layer=True),
+}
+
 
 def head_input(hidden, embeddings):
     """The paper's idea in one line: a head sees the hidden state *and* the tokens guessed so far.
 
     hidden (..., D): the base's state h[t], or Hydra++'s p[t].  embeddings (..., i+1, D): the
-    base's input embeddings of tokens t+1 .. t+1+i, oldest first.  Returns (..., (i+2)*D), in that
-    order.  Training and drafting both call it.  Paper: 3.
+    base's input embeddings of tokens t+1 .. t+1+i, oldest first.  Returns (..., (i+2)*D), in
+    that order.  Training and drafting both call it.  Section 3 of the paper.
 
     >>> head_input(torch.tensor([1., 2.]), torch.tensor([[3., 4.], [5., 6.]]))
     tensor([1., 2., 3., 4., 5., 6.])
     """
     return torch.cat([hidden, embeddings.flatten(-2)], dim=-1)
 
-class ResBlock(nn.Module):
-    """y = R(x) + SiLU(W x + b), W zero at first; R projects (i+2)*D to D, or is the identity."""
-    def __init__(self, wide, width):
-        super().__init__()
-        self.linear = nn.Linear(wide, width)
-        nn.init.zeros_(self.linear.weight)
-        self.res_connection = nn.Identity() if wide == width else nn.Linear(wide, width)
-    def forward(self, x):
-        return self.res_connection(x) + F.silu(self.linear(x))
 
 class DraftHeads(nn.Module):
     """K draft heads for one base model, and the prefix layer if there is one.
 
-    model: any decoder-only causal language model of transformers; the heads take its widths, dtype
-    and device, start from its lm_head, and keep no reference to it.  Paper: 3, and 4 (Hydra++).
+    config: HydraConfig.  model: any decoder-only causal language model of transformers; the heads
+    take its widths, dtype and device, start from its lm_head, and keep no reference to it.
+    Module names are those of the released checkpoints.  Section 3 of the paper; 4 for Hydra++.
     """
+
     def __init__(self, config, model):
         super().__init__()
-        self.config, self.base_name = config, model.config.name_or_path
-        self.choices = None  # of the fastest tree, where section 8 has searched one
-        self.hydra_mlp, self.hydra_lm_head = nn.ModuleList(), nn.ModuleList()  # released names
-        self.shape = vocab, width = tuple(model.get_output_embeddings().weight.shape)  # V, D
+        base_lm_head = model.get_output_embeddings()
+        self.vocab, self.width = base_lm_head.weight.shape  # V, D
+        self.config = config
+        self.base_name = model.config.name_or_path
+        self.choices = None  # the tree found for these heads, once there is one
+
+        self.hydra_mlp = nn.ModuleList()
+        self.hydra_lm_head = nn.ModuleList()
         for i in range(config.num_heads):
-            # subtle: all blocks after the first are one module, used again and again; without
-            # grounding even the first is that module. The released heads were trained so.
-            first = ResBlock((i + 2) * width if config.grounded else width, width)
-            shared = ResBlock(width, width) if config.grounded else first
-            blocks = [first] + [shared] * (config.num_layers - 1)
-            lm_head = nn.Linear(width, vocab)
-            nn.init.zeros_(lm_head.bias)
-            for own, base in zip(lm_head.parameters(), model.get_output_embeddings().parameters()):
-                own.data.copy_(whole(base))
-            drop = [nn.Dropout(config.dropout)] if config.prefix_layer else []  # as released
-            self.hydra_mlp.append(nn.Sequential(*(m for block in blocks for m in (*drop, block))))
-            self.hydra_lm_head.append(nn.Sequential(*drop, lm_head) if drop else lm_head)
-        self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
-        self.usual_choices = [choice for choice in MC_SIM_7B_63  # section 2's, as far as it fits
-                              if len(choice) <= config.num_heads and max(choice) < vocab]
-        set_dtype(self.eval(), model.dtype)
-        self.to(model.device)
+            self.hydra_mlp.append(make_mlp(config, i, self.width))
+            self.hydra_lm_head.append(make_lm_head(config, base_lm_head))
+
+        self.prefix_embeding_layer = None  # spelt as released
+        if config.prefix_layer:
+            self.prefix_embeding_layer = make_prefix_layer(model)
+        set_dtype(self, model.dtype)
+        self.to(model.device).eval()
 
     def forward(self, i, hidden, embeddings):
-        """Logits of head i: hidden (..., D) broadcasts to embeddings (..., i+1, D) -> (..., V)."""
+        """Logits of head i: hidden (..., D), embeddings (..., i+1, D) -> (..., V)."""
         if self.config.grounded:
-            hidden = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
+            hidden = hidden.expand(*embeddings.shape[:-2], -1)
+            hidden = head_input(hidden, embeddings)
         return self.hydra_lm_head[i](self.hydra_mlp[i](hidden))
 
-    def read_prefix(self, hidden, **where):
-        """What the heads see in place of hidden (B, T, D); where: mask, positions, cache."""
-        layer = self.prefix_embeding_layer
-        return layer(inputs_embeds=hidden, **where).last_hidden_state if layer else hidden
+    def read_prefix(self, hidden, **kwargs):
+        """What the heads see in place of hidden (B, T, D): itself, or the prefix layer's output.
+
+        kwargs: attention mask, positions and cache, as for the base model.
+        """
+        if self.prefix_embeding_layer is None:
+            return hidden
+        return self.prefix_embeding_layer(inputs_embeds=hidden, **kwargs).last_hidden_state
+
+
+class ResBlock(nn.Module):
+    """y = R(x) + SiLU(W x + b), W zero at first; R narrows the input, or is the identity."""
+
+    def __init__(self, input_width, width):
+        super().__init__()
+        self.linear = nn.Linear(input_width, width)
+        nn.init.zeros_(self.linear.weight)
+        is_square = input_width == width
+        self.res_connection = nn.Identity() if is_square else nn.Linear(input_width, width)
+
+    def forward(self, x):
+        return self.res_connection(x) + F.silu(self.linear(x))
+
+
+def make_mlp(config, i, width):
+    """Head i's MLP: (i+2)*D or, for Medusa, D numbers in, D out."""
+    input_width = (i + 2) * width if config.grounded else width
+    first = ResBlock(input_width, width)
+
+    # subtle: all blocks behind the first are one and the same module, used again and again;
+    # Medusa's first block is that module, too. The released heads were trained so.
+    later = ResBlock(width, width) if config.grounded else first
+    blocks = [first] + [later] * (config.num_layers - 1)
+    return nn.Sequential(*with_dropout(config, blocks))
+
+
+def make_lm_head(config, base_lm_head):
+    """A head's own lm_head: a copy of the base's, with a bias of zero where that has none."""
+    vocab, width = base_lm_head.weight.shape
+    lm_head = nn.Linear(width, vocab)
+    nn.init.zeros_(lm_head.bias)
+    for own, base in zip(lm_head.parameters(), base_lm_head.parameters()):
+        own.data.copy_(whole(base))
+    return nn.Sequential(*with_dropout(config, [lm_head])) if config.prefix_layer else lm_head
+
+
+def with_dropout(config, modules):
+    """The modules; released heads with a prefix layer have a dropout in front of each."""
+    if not config.prefix_layer:
+        return modules
+    return [layer for module in modules for layer in (nn.Dropout(config.dropout), module)]
+
 
 def whole(weight):
     """A weight of the base, put together from its shards where several GPUs share the base."""
     return getattr(weight, "full_tensor", weight.detach)()
+
 
 def set_dtype(module, dtype):
     """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
     for weight in module.parameters():
         weight.data = weight.data.to(dtype)
 
+
 def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
 
     It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t].  In
-    the KV cache it is one more layer behind the base's.  Paper: 4 (Hydra++).
+    the KV cache it is one more layer behind the base's.  Section 4 of the paper.
     """
     config = copy.deepcopy(model.config.get_text_config())
+    layer_index = config.num_hidden_layers
+    config.num_hidden_layers = 1
+    config.use_cache = False
+
+    # it attends to the whole prefix, even where the base's layers have a sliding window
+    config.sliding_window = None
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
-    behind, config.num_hidden_layers, config.use_cache = config.num_hidden_layers, 1, False
+
     layer = transformers.AutoModel.from_config(config)
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
     for module in layer.modules():
-        for name in {"layer_idx", "layer_id"} & vars(module).keys():
-            setattr(module, name, behind)  # 0 is the base's own layer
+        for name in ("layer_idx", "layer_id"):  # where its attention writes in the cache
+            if hasattr(module, name):
+                setattr(module, name, layer_index)
     return layer
-# -------------------------------------------------------------------------------------- 2 tree
-# The tree of the released code: for each expanded choice, how many of its best children are in it
-MC_SIM_7B_63 = [[*parent, rank] for parent, count in {
-    (): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1,
-    (9,): 1, (0, 0): 10, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1,
-    (0, 7): 1, (1, 0): 2, (2, 0): 1, (0, 0, 0): 2}.items() for rank in range(count)]
+
+
+# -------------------------------------------------------------------------------- 2 tree
+
 
 @dataclass(eq=False)
 class Tree:
-    """A tree of N nodes, sorted by (depth, choice); node 0 is the root and its own parent.
+    """A tree of N nodes, sorted by (depth, choice); node 0 is the root and its own parent."""
 
-    levels, for section 4, by depth d: (paths (n, d+1) of the n nodes that have children; for each
-    of their m children, its parent's row in these paths (m,); and its rank (m,)).
-    """
-    choices: list          # the N - 1 choices
+    choices: list  # the N - 1 choices, of nodes 1 .. N-1
+    levels: list  # for each depth the slice of nodes that have it
+    num_guesses: int  # how many guesses a node has to make: the largest rank + 1
     parents: torch.Tensor  # (N,) each node's parent
-    depths: torch.Tensor   # (N,) its distance from the root
-    ranks: torch.Tensor    # (N,) its rank among its parent's guesses
-    paths: torch.Tensor    # (N, depth+1) the nodes from the root to it, padded with itself
-    mask: torch.Tensor     # (N, N) bool, the tree attention mask of section 3
+    depths: torch.Tensor  # (N,) its distance from the root
+    ranks: torch.Tensor  # (N,) its rank among its parent's guesses, 0 the best
+    paths: torch.Tensor  # (N, max_depth+1) the nodes from the root to it, padded with itself
+    mask: torch.Tensor  # (N, N) bool, the tree attention mask of section 3
 
-    def __post_init__(self):
-        self.num_nodes, self.levels = len(self.parents), []
-        self.width = int(self.ranks.max()) + 1  # how many guesses a node has to make
-        for depth in range(int(self.depths[-1])):
-            children = (self.depths == depth + 1).nonzero()[:, 0]
-            expanded, place = self.parents[children].unique(return_inverse=True)
-            self.levels.append((self.paths[expanded, :depth + 1], place, self.ranks[children]))
+    @property
+    def num_nodes(self):
+        return len(self.choices) + 1
+
+    @property
+    def max_depth(self):
+        return len(self.levels) - 1
 
     def to(self, device):
         """The same tree with its tensors on another device."""
         moved = copy.copy(self)
         for name in ("parents", "depths", "ranks", "paths", "mask"):
             setattr(moved, name, getattr(self, name).to(device))
-        moved.levels = [[part.to(device) for part in level] for level in self.levels]
         return moved
+
 
 def build_tree(choices):
     """From a list of choices to a Tree.
 
-    choices: lists of child ranks, in any order; `[0, 2]` is the third-best child of the best child
-    of the root.  Ranks may have gaps and any node may be expanded, but a choice's parent must be a
-    choice too.  No choices: the one-node tree.  ValueError names a malformed choice.  Paper: 2.
+    choices: lists of child ranks, in any order; `[0, 2]` is the third-best child of the best
+    child of the root.  Ranks may have gaps and any node may be expanded, but a choice's parent
+    must be a choice too.  No choices: the one-node tree.  ValueError names a malformed choice.
 
     >>> tree = build_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
     >>> tree.parents.tolist(), tree.depths.tolist(), tree.ranks.tolist()
     ([0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 2, 2, 2, 3], [0, 0, 1, 0, 1, 0, 0])
     >>> tree.paths[4].tolist(), tree.paths[6].tolist()
     ([0, 1, 4, 4], [0, 1, 3, 6])
+    >>> tree.levels[2]  # the nodes of depth 2
+    slice(3, 6, None)
     """
-    for choice in choices if isinstance(choices, (list, tuple)) else [choices]:
-        require(isinstance(choice, (list, tuple)) and len(choice) > 0
-                and all(type(rank) is int and rank >= 0 for rank in choice),
-                f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
-    choices = sorted(map(list, choices), key=lambda choice: (len(choice), choice))
-    node_of, parents, ranks, paths = {(): 0}, [0], [0], [[0]]
+    check_choices(choices)
+    choices = sorted(map(tuple, choices), key=lambda choice: (len(choice), choice))
+    path_of = {(): [0]}  # for each choice the nodes from the root to it
     for node, choice in enumerate(choices, start=1):
-        parent = tuple(choice[:-1])
-        require(parent in node_of, f"choice {choice} has no parent: add {list(parent)}")
-        require(tuple(choice) not in node_of, f"choice {choice} is there twice")
-        node_of[tuple(choice)] = node
-        parents.append(node_of[parent])
-        ranks.append(choice[-1])
-        paths.append([*paths[node_of[parent]], node])
-    depths = [len(path) - 1 for path in paths]
-    paths = [path + path[-1:] * (depths[-1] + 1 - len(path)) for path in paths]  # equally long
-    parents, depths, ranks, paths = map(torch.tensor, (parents, depths, ranks, paths))
-    return Tree(choices, parents, depths, ranks, paths, tree_attention_mask(parents))  # see 3
+        parent = choice[:-1]
+        require(parent in path_of, f"choice {[*choice]} has no parent: add {[*parent]}")
+        require(choice not in path_of, f"choice {[*choice]} is there twice")
+        path_of[choice] = path_of[parent] + [node]
 
-def require(condition, message):
-    """Raise ValueError: every bad input ends here, with one line that says what to do."""
-    if not condition:
-        raise ValueError(message)
-# ---------------------------------------------------------------------------- 3 tree attention
+    paths = list(path_of.values())
+    depths = [len(path) - 1 for path in paths]
+    ranks = [0] + [choice[-1] for choice in choices]
+    parents = torch.tensor([path[-2:][0] for path in paths])  # the root is its own
+
+    # nodes are sorted by depth, so a level is a slice and the last node is one of the deepest
+    max_depth = depths[-1]
+    starts = [depths.index(depth) for depth in range(max_depth + 1)]
+    levels = [slice(start, start + depths.count(depth)) for depth, start in enumerate(starts)]
+    paths = [path + path[-1:] * (max_depth + 1 - len(path)) for path in paths]
+    return Tree(
+        choices=[list(choice) for choice in choices],
+        levels=levels,
+        num_guesses=max(ranks) + 1,
+        parents=parents,
+        depths=torch.tensor(depths),
+        ranks=torch.tensor(ranks),
+        paths=torch.tensor(paths),
+        mask=tree_attention_mask(parents),  # section 3
+    )
+
+
+def check_choices(choices):
+    """Raise ValueError that names the first choice which is not a list of ranks."""
+    require(isinstance(choices, (list, tuple)), f"choices must be a list, not {choices!r}")
+    for choice in choices:
+        is_list = isinstance(choice, (list, tuple)) and len(choice) > 0
+        is_choice = is_list and all(type(rank) is int and rank >= 0 for rank in choice)
+        require(is_choice, f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
+
+
+# The tree of the released code: 64 nodes with the root, counted out on text of Vicuna-7B's. For
+# each choice that has children how many it has, from its best guess on: "" is the root, "01" [0, 1]
+CHILDREN = {
+    "": 10,
+    "0": 10, "1": 7, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1, "8": 1, "9": 1,
+    "00": 10, "01": 3, "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1, "10": 2, "20": 1,
+    "000": 2,
+}  # fmt: skip
+MC_SIM_7B_63 = [[*map(int, path), rank] for path, n in CHILDREN.items() for rank in range(n)]
+
+
+# ---------------------------------------------------------------------- 3 tree attention
+
+
 def tree_attention_mask(parents):
-    """Which node may attend to which: ancestors and itself.
+    """Which node may attend to which: its ancestors and itself.
 
     parents (N,): each node's parent, parents before children, the root its own.  Returns (N, N)
-    bool; row attends to column.  Siblings and cousins never see each other: each path is computed
-    as if it stood alone behind the prefix, and one forward verifies all of them.  Paper: 2.
+    bool; row attends to column, so a node's row is also the path that leads to it.  Siblings and
+    cousins never see each other: each path is computed as if it stood alone behind the prefix,
+    and one forward verifies all of them.
 
     >>> tree_attention_mask(torch.tensor([0, 0, 0, 1, 1, 2, 3])).int()
     tensor([[1, 0, 0, 0, 0, 0, 0],
@@ -243,35 +355,79 @@ def tree_attention_mask(parents):
         mask[node] |= mask[parent]  # what my parent sees, and myself
     return mask
 
-def mask_behind_prefix(mask, length, num_slots, dtype):
-    """Where the tree sits in the cache: (B, 1, T, S), what each of T tokens may see of each slot.
 
-    mask (T, T) bool; length (B,): committed slots.  The tree lies at length .. length + T - 1; all
-    see the prefix before it, none the free slots.  Additive: 0, or dtype's most negative number.
+def visible_slots(slot_positions, slots, mask):
+    """Which slots of the cache each of T tokens sees: every committed one, and its ancestors'.
+
+    slot_positions (B, S): the position of the committed token in each slot, -1 where it is free.
+    slots (B, T): the free slots that the T tokens were written to.  mask (T, T): which of them
+    see each other.  Returns (B, T, S) bool.
+
+    >>> slot_positions = torch.tensor([[0, -1, 1, -1]])  # two tokens are committed
+    >>> slots = torch.tensor([[1, 3]])  # a root and its child went into the gaps
+    >>> visible_slots(slot_positions, slots, torch.tensor([[1, 0], [1, 1]]).bool()).int()
+    tensor([[[1, 1, 1, 0],
+             [1, 1, 1, 1]]], dtype=torch.int32)
     """
-    sights = F.pad(F.pad(mask, (1, 0), value=True), (0, 1))  # (T, T + 2) of prefix, tree, free
-    slots = torch.arange(num_slots, device=length.device)
-    kinds = (slots - length[:, None] + 1).clamp(0, len(mask) + 1)  # (B, S) a column of sights
-    visible = sights[:, kinds].transpose(0, 1)[:, None]                    # (B, 1, T, S)
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-# ---------------------------------------------------------------------------------- 4 drafting
+    num_tokens = len(mask)
+    committed = slot_positions >= 0  # (B, S)
+    prefix = committed[:, None].expand(-1, num_tokens, -1)  # (B, T, S), the same for every token
+
+    # among themselves: column j of the mask goes to the slot of token j
+    columns = slots[:, None].expand(-1, num_tokens, -1)  # (B, T, T)
+    return prefix.scatter(2, columns, mask.expand_as(columns))
+
+
+def within_window(visible, slot_positions, slots, positions, window):
+    """What is left of visible (B, T, S) under a sliding window: its own and window - 1 before it.
+
+    slot_positions, slots as in `visible_slots`.  positions (B, T): where the T tokens stand.
+    """
+    slot_positions = slot_positions.scatter(1, slots, positions)  # as if they were committed
+    distance = positions[:, :, None] - slot_positions[:, None]  # (B, T, S)
+    return visible & (distance < window)
+
+
+def additive_mask(visible, dtype):
+    """The mask as transformers takes it, (B, 1, T, S): 0, or dtype's most negative number."""
+    mask = torch.zeros_like(visible, dtype=dtype)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+# ---------------------------------------------------------------------------- 4 drafting
+
+
 def draft_tree(heads, tree, root, hidden, embed):
     """Fill the tree with guesses, level by level, one head call per level.
 
     heads: DraftHeads, or None if the tree is its root alone.  root (B,): the token at node 0.
-    hidden (B, D): what the heads see of the position that predicted root.  embed: the base's input
-    embedding.  Returns tokens (B, N).  A child of rank r (0 is the best) is a guess of its *own
-    parent's* head call, which has read the tokens on that parent's path.  Paper: 3.
+    hidden (B, D): what the heads see of the position that predicted root.  embed: the base's
+    input embedding.  Returns tokens (B, N).  A child of rank r (0 is the best) is a guess of its
+    *own parent's* head call, which has read the tokens on that parent's path.
     """
-    tokens = root[:, None]                                             # (B, 1)
-    for depth, (paths, place, rank) in enumerate(tree.levels):
-        logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n or 1, V)
-        guesses = logits.topk(tree.width).indices                      # (B, n or 1, width)
-        # Medusa's heads read no tokens: they make one row of guesses, which all n nodes share
-        guesses = guesses.expand(-1, len(paths), -1)                   # (B, n, width), best first
-        tokens = torch.cat([tokens, guesses[:, place, rank]], dim=1)   # (B, nodes so far)
+    tokens = root[:, None]  # (B, 1), and with each level more
+    for depth, (level, below) in enumerate(pairwise(tree.levels)):
+        # head `depth` reads the path to each of this level's n nodes
+        paths = tree.paths[level, : depth + 1]  # (n, depth+1)
+        logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n, V)
+        guesses = logits.topk(tree.num_guesses).indices  # (B, n, num_guesses), best first
+
+        # Medusa's heads read no path: they gave one row, the same for all n nodes
+        guesses = guesses.expand(-1, len(paths), -1)
+
+        # each of the m nodes below is its own parent's guess of its rank
+        parent_row = tree.parents[below] - level.start  # (m,)
+        children = guesses[:, parent_row, tree.ranks[below]]  # (B, m)
+        tokens = torch.cat([tokens, children], dim=1)
     return tokens
-# -------------------------------------------------------------------------------- 5 acceptance
+
+
+# -------------------------------------------------------------------------- 5 acceptance
+
+# A rule takes the tree's tokens and the base's logits, and returns the last accepted node and the
+# token after it. It decides which nodes pass; `longest_accepted_path` is common to all.
+
+
 def longest_accepted_path(passes, tree, score=None):
     """The deepest node that passes together with all of its ancestors.
 
@@ -283,707 +439,1138 @@ def longest_accepted_path(passes, tree, score=None):
     >>> longest_accepted_path(torch.tensor([[1, 1, 0, 0, 1, 1, 1]]).bool(), tree)  # 3 breaks 6
     tensor([4])
     """
-    passes = passes | (tree.depths == 0)
-    alive = passes[:, tree.paths].all(-1)                              # (B, N) whole path passes
-    depth = torch.where(alive, tree.depths, -1)
-    longest = depth == depth.max(-1, keepdim=True).values
+    is_root = tree.depths == 0
+    alive = (passes | is_root)[:, tree.paths].all(-1)  # (B, N): the whole path passes
+    alive_depths = torch.where(alive, tree.depths, -1)
     if score is None:
-        return longest.int().argmax(-1)
-    path_score = torch.where(tree.mask & (tree.depths > 0), score[:, None], 0).sum(-1)
+        return alive_depths.argmax(-1)  # the first of the deepest
+
+    on_path = tree.mask & ~is_root  # (N, N): row n is the path to n, without the root
+    path_score = torch.where(on_path, score[:, None], 0).sum(-1)  # (B, N)
+    longest = alive_depths == alive_depths.max(-1, keepdim=True).values
     return torch.where(longest, path_score, -torch.inf).argmax(-1)
 
-def accept_greedy(tokens, logits, tree):
-    """Accept what plain greedy decoding would have written: a token passes when it is the argmax.
 
-    tokens (B, N), logits (B, N, V): the base's logits at every node.  Returns node (B,), the last
-    accepted one, and next_token (B,), the base's own choice after it.  Paper: 2.
+def accept_greedy(tokens, logits, tree):
+    """Accept what plain greedy decoding would have written: the argmax passes.
+
+    tokens (B, N), logits (B, N, V): the base's logits at every node.  Returns node (B,), the
+    last accepted one, and next_token (B,), the base's own choice after it.
     """
-    wanted = logits.argmax(-1)                                         # (B, N)
-    node = longest_accepted_path(tokens == wanted[:, tree.parents], tree)
-    return node, wanted.gather(1, node[:, None])[:, 0]
+    wanted = logits.argmax(-1)  # (B, N): after each node
+    passes = tokens == wanted[:, tree.parents]
+    node = longest_accepted_path(passes, tree)
+    return node, pick(wanted, node)
+
 
 def accept_sampling(tokens, logits, tree, temperature):
     """Exact sampling (not in the paper): draw the base's token at each node, follow the draws.
 
     Shapes as in `accept_greedy`.  A child passes when it is what its parent drew, so whatever was
     drafted, each emitted token is a draw from softmax(logits / temperature): the output has
-    exactly the distribution of plain sampling.  Siblings must hold distinct tokens (top-k does).
+    exactly the distribution of plain sampling.  Siblings hold distinct tokens (top-k), so at most
+    one child of a node passes: what passes is a single chain, and no draw is preferred to another.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     # subtle: argmax of p / e with e ~ Exponential(1) is a draw from p, without asking the host
-    return accept_greedy(tokens, probs / torch.empty_like(probs).exponential_(), tree)
+    noise = torch.empty_like(probs).exponential_()
+    return accept_greedy(tokens, probs / noise, tree)
+
 
 def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     """Typical acceptance: a token passes when it is likely enough, so text may leave plain greedy.
 
         p(token | its path) > min(epsilon, delta * exp(-H)),    H the entropy of p
 
-    Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`; p
-    is the softmax of the parent's logits / temperature.  Among longest paths the likeliest wins.
-    The bonus token is the argmax: nothing is drawn.  Paper: 2 (as in Medusa).
+    Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`;
+    p is the softmax of the parent's logits / temperature.  Among longest paths the likeliest
+    wins.  The bonus token is the argmax: nothing is drawn.  Section 2 of the paper, as in Medusa.
     """
-    probs = torch.softmax(logits.float() / temperature, dim=-1)        # (B, N, V)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)  # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
-    threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)       # (B, N)
+    threshold = (delta * torch.exp(-entropy)).clamp(max=epsilon)  # (B, N)
+
+    # a node's probability and threshold are its parent's to say
     token_probs = probs[:, tree.parents].gather(2, tokens[:, :, None])[:, :, 0]  # (B, N)
-    node = longest_accepted_path(token_probs > threshold[:, tree.parents], tree, token_probs.log())
-    return node, logits.argmax(-1).gather(1, node[:, None])[:, 0]
-# ---------------------------------------------------------------------------------- 6 KV cache
+    passes = token_probs > threshold[:, tree.parents]
+    node = longest_accepted_path(passes, tree, score=token_probs.log())
+    return node, pick(logits.argmax(-1), node)
+
+
+def pick(values, node):
+    """Of values (B, N, ...) those at each row's node (B,): (B, ...)."""
+    rows = torch.arange(len(node), device=node.device)
+    return values[rows, node]
+
+
+# ---------------------------------------------------------------------------- 6 KV cache
+
+
 class TreeCache(transformers.Cache):
-    """Keys and values of S slots for each layer and row; transformers' layers write into it.
+    """Keys and values in S slots for each layer and row; transformers' layers write into it.
 
-    A row's first `length` slots are its committed prefix.  A forward pass writes its tokens behind
-    it, at `slots` (B, T), and reads the first `live` slots: all running rows' prefixes and trees.
-    `together` layers share a tensor of keys, one of values (layer behind layer): fast to commit.
+    slot_positions (B, S) says what is in a slot: the position in the text of a committed token, or
+    -1 if the slot is free.  slots (B, T): where the tokens of the present forward go.
     """
-    def __init__(self, together, num_slots):
+
+    def __init__(self, batch_size, num_slots, device):
         super().__init__(layers=[])
-        self.together, self.num_slots, self.live = together, num_slots, num_slots
-        self.kv = {}  # (layer // together, 0 keys or 1 values, ...): (together * B, H, S, Dh)
-    def update(self, key, value, layer_idx, *_, **__):
-        """Write key and value (B, H, T, Dh) into their slots; return that layer's live ones."""
-        group, first = layer_idx // self.together, layer_idx % self.together * len(key)
-        rows, views = torch.arange(first, first + len(key), device=key.device)[:, None], []
-        for which, new in enumerate((key, value)):
-            shape = self.together * len(new), new.shape[1], self.num_slots, new.shape[3]
-            if (name := (group, which, shape, new.dtype)) not in self.kv:
-                self.kv[name] = new.new_zeros(shape)
-            self.kv[name][rows, :, self.slots] = new.transpose(1, 2)
-            views.append(self.kv[name][first:first + len(new), :, :self.live])
-        return views
+        self.num_slots = num_slots
+        self.slots_read = num_slots  # only the first so many are used, see `Decoder.prepare`
+        self.slot_positions = torch.full((batch_size, num_slots), -1, device=device)
+        self.slots = None
+        self.keys = {}  # layer: (B, H, S, Dh)
+        self.values = {}
 
-def commit_path(kv, length, path):
-    """Move the accepted path's keys or values to the end of the committed prefix, in place.
+    def take_free_slots(self, count):
+        """Choose where `count` new tokens go: each row's first free slots."""
+        taken = self.slot_positions[:, : self.slots_read] >= 0
+        self.slots = taken.int().argsort(dim=1, stable=True)[:, :count]
 
-    kv (B, H, S, Dh): keys or values whose tree starts at slot length (B,).  path (B, depth+1):
-    nodes from the root to the last accepted one, padded with it (what padding writes is scratch).
+    def update(self, key, value, layer, *_, **__):
+        """Called by each layer: write key, value (B, H, T, Dh), return all that may be read."""
+        return self.write(self.keys, layer, key), self.write(self.values, layer, value)
 
-        prefix | sat  on  down  the  a  .  mat        nodes 0 1 4 4 go to slots 0 1 2 3
-        prefix   sat  on  a   | a    a  .  mat        then length += 3: the rest is scratch
+    def write(self, tensors, layer, new):
+        """Write new (B, H, T, Dh) into its slots; return that layer's (B, H, slots_read, Dh)."""
+        batch_size, num_heads, _, width = new.shape
+        if layer not in tensors:
+            # the first forward shows heads, width and dtype. Zeros: a masked NaN would spread
+            tensors[layer] = new.new_zeros(batch_size, num_heads, self.num_slots, width)
+
+        # the two indexed dimensions come first: (B, T, H, Dh) on both sides
+        rows = torch.arange(batch_size, device=new.device)[:, None]
+        tensors[layer][rows, :, self.slots] = new.transpose(1, 2)
+        return tensors[layer][:, :, : self.slots_read]
+
+
+def commit_path(slot_positions, slots, positions, kept):
+    """Keep the accepted tokens, in place: their positions are written beside their slots.
+
+    slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is.  positions (B, N): where
+    its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the slots of
+    the other nodes stay free, and the next tree fills them.
+
+        slot           0    1    2    3    4    5    6    7    8    9   10   11
+        token        The  cat  sat   on down  the    a    .  mat
+        before         0    1   -1   -1   -1   -1   -1   -1   -1   -1   -1   -1
+        after          0    1    2    3   -1   -1    4   -1   -1   -1   -1   -1
+        next tree                         0    1         2    3    4    5    6
+
+    The tree lies in slots 2 to 8; sat, on and a are accepted, and keep positions 2, 3 and 4.  The
+    next tree's nodes 0 to 6 take the slots that are free then.
     """
-    rows = torch.arange(len(path), device=path.device)[:, None]            # (B, 1)
-    source = length[:, None] + path                                        # (B, depth+1)
-    target = length[:, None] + torch.arange(path.shape[1], device=path.device)
-    kv[rows, :, target] = kv[rows, :, source]  # (B, depth+1, H, Dh), read before written
-# ------------------------------------------------------------------------------- 7 decode loop
+    slot_positions.scatter_(1, slots, torch.where(kept, positions, -1))
+
+
+# ------------------------------------------------------------------------- 7 decode loop
+
+
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
-    model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: tokens, prompt
-    included, that a row may grow to.  accept: (tokens, logits, tree) -> (node, next_token).
-    cuda_graph: replay a recorded step (None: on CUDA).  compile: torch.compile.  Raises ValueError.
+    model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: how many
+    tokens, prompt included, a row may grow to.  accept: a rule of section 5 that takes (tokens,
+    logits, tree); None is `accept_greedy`.  cuda_graph: replay a recorded step (None: on CUDA).
+    compile: pass the step through torch.compile.  Raises ValueError for what does not fit.
     """
+
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
-                 cuda_graph=None, compile=False):
+                 cuda_graph=None, compile=False):  # fmt: skip
         check_fit(model, heads, tree, max_context)
-        self.model, self.heads, self.max_context, self.graphs = model, heads, max_context, {}
-        self.tree, self.embed = tree.to(model.device), model.get_input_embeddings()
-        extra = bool(heads and heads.config.prefix_layer)  # below, 1: tuning copies whole tensors
-        self.together = 1 if compile else model.config.get_text_config().num_hidden_layers + extra
-        self.cache = TreeCache(self.together, max_context + tree.num_nodes)
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=model.device)  # committed
-        self.root = torch.zeros_like(self.length)  # (B,) not yet committed; hidden: what heads see
-        self.hidden = self.length.new_zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype)
-        self.cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.accept, self.run = accept or accept_greedy, Decoder.advance  # unbound, so no cycle
-        if compile:
-            torch.compiler.reset()  # earlier ones would count towards a limit of eight compilations
-            self.run = torch.compile(Decoder.advance, fullgraph=True, dynamic=False, options={
-                "coordinate_descent_tuning": tree.num_nodes == 1})  # pays for single tokens only
+        config = model.config.get_text_config()
+        device = model.device
+        self.model = model
+        self.heads = heads
+        self.tree = tree.to(device)
+        self.accept = accept or accept_greedy
+        self.max_context = max_context
+        self.embed = model.get_input_embeddings()
+        self.window = getattr(config, "sliding_window", None)
+        self.has_layer_types = self.window and getattr(config, "layer_types", None)
+
+        # what a step changes, for each row. N slots more than tokens: the tree always finds room
+        self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # committed tokens
+        self.root = torch.zeros_like(self.length)  # the token chosen last, not committed yet
+        width = self.embed.embedding_dim
+        self.hidden = torch.zeros(batch_size, width, dtype=model.dtype, device=device)
+
+        # the same step, faster: see `step`
+        self.max_length = 0  # the host's bound on the length of all rows that still run
+        self.graphs = {}  # slots read: the recorded step, and the tensors it writes
+        self.cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
+        self.run = compiled_advance(tree) if compile else Decoder.advance
+
+    def advance(self, tree):
+        """One decode step. Returns tokens (B, max_depth+1), and how many of a row are new (B,)."""
+        # draft: guesses below the root, each from the tokens on its own path
+        tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)  # (B, N)
+
+        # verify: one forward over all nodes, each seeing the prefix and its ancestors
+        positions = self.length[:, None] + tree.depths  # (B, N)
+        out, hidden = self.read(self.model, tokens, positions, tree.mask)  # (B, N, D)
+
+        # accept: the deepest node whose whole path is what the base model wants
+        node, bonus = self.accept(tokens, out.logits, tree)  # (B,), (B,)
+        accepted = tree.depths[node]  # (B,): drafts, the root not counted
+
+        # commit: a node's row of the mask is the path to it. Past the context nothing is kept
+        on_path = tree.mask[node]  # (B, N)
+        kept = on_path & (positions < self.max_context)
+        commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
+        self.length.add_(accepted + 1).clamp_(max=self.max_context)
+        self.root.copy_(bonus)
+        self.hidden.copy_(pick(hidden, node))
+
+        # new in the text: accepted drafts, then the bonus token (root d1 d2 . -> d1 d2 bonus .)
+        path_tokens = tokens.gather(1, tree.paths[node])  # (B, max_depth+1)
+        emitted = path_tokens.roll(-1, dims=1).scatter(1, accepted[:, None], bonus[:, None])
+        return emitted, accepted + 1
+
+    def read(self, network, tokens, positions, mask):
+        """One forward over tokens (B, T), whose keys and values go into free slots.
+
+        network: the base model, or its body alone where nobody reads logits.  positions (B, T):
+        where the tokens stand in the text.  mask (T, T) bool: which of them see each other; all
+        see the committed prefix.  Returns network's output, and what the heads see (B, T, D).
+        """
+        cache = self.cache
+        cache.take_free_slots(tokens.shape[1])
+        slot_positions = cache.slot_positions[:, : cache.slots_read]
+        visible = visible_slots(slot_positions, cache.slots, mask)  # (B, T, S)
+        full = additive_mask(visible, self.model.dtype)
+
+        # layers with a sliding window see less; bases with layer types take a mask for each type
+        masks = full
+        if self.window:
+            near = within_window(visible, slot_positions, cache.slots, positions, self.window)
+            masks = additive_mask(near, self.model.dtype)
+        if self.has_layer_types:
+            masks = {"full_attention": full, "sliding_attention": masks}
+
+        # a node may stand behind the context, where there are no positions; it is never kept
+        position_ids = positions.clamp(max=self.max_context - 1)
+        kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
+        out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
+        hidden = out.hidden_states[-1]  # after the final norm
+        if self.heads:
+            hidden = self.heads.read_prefix(hidden, attention_mask=full, **kwargs)
+        return out, hidden
 
     @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
-        """Read the prompts; then their last token once more, as root of a first, plain step.
+        """Read the prompts, and take a first step; returns as `advance`, one token a row.
 
-        input_ids, attention_mask (B, T): 0 pads, on either side.  Returns as `step`: tokens (B, 1).
+        input_ids, attention_mask (B, T): 0 pads, on either side.  Raises ValueError.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool().int()
-        # padding moves behind its row; nobody reads it there (`read` keeps it within the cache)
-        order = mask.argsort(dim=1, descending=True, stable=True)
-        tokens, length = input_ids.gather(1, order), mask.sum(1)
-        self.longest, self.cache.live = tokens.shape[1], self.cache.num_slots  # bounds all lengths
-        for piece, chunk in enumerate(tokens.split(512, dim=1)):  # pieces, so that masks stay small
-            places = torch.arange(chunk.shape[1], device=chunk.device)
-            self.length.fill_(512 * piece)
-            self.read(chunk, places, places[:, None] >= places)
+        attention_mask = check_prompts(self, input_ids, attention_mask)
+        length = attention_mask.sum(1)
+        self.max_length = int(length.max())
+        self.choose_slots_read()
+
+        # padding moves behind its row, where causal attention never sees it
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        tokens = input_ids.gather(1, order)[:, : self.max_length]
+
+        # in chunks, so that masks stay small. All but a row's last token are committed
+        self.cache.slot_positions.fill_(-1)
+        body = self.model.base_model  # without the lm_head: nobody reads these logits
+        for chunk in torch.arange(self.max_length, device=tokens.device).split(CHUNK):
+            positions = chunk.expand(len(tokens), -1)  # (B, T)
+            causal = chunk[:, None] >= chunk  # (T, T)
+            self.read(body, tokens[:, chunk], positions, causal)
+            kept = positions < length[:, None] - 1
+            commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
+
+        # the last token is the first root. Nothing predicted it, so its tree has no drafts
+        self.warm_up()
         self.length.copy_(length - 1)
-        if self.cuda_graph or self.run is not Decoder.advance:
-            self.step()  # on scratch: compiles and records, if that is still to be done
-            self.length.copy_(length - 1)
-        self.root.copy_(tokens.gather(1, length[:, None] - 1)[:, 0])
+        self.root.copy_(pick(tokens, length - 1))
         return self.advance(build_tree([]).to(tokens.device))
 
+    # The same step, faster. Nothing below changes what is decoded.
+
     @torch.inference_mode()
-    def step(self):
-        """Returns tokens (B, depth+1) and counts (B,), how many are new; a graph reuses both."""
-        needed = self.longest + self.tree.num_nodes  # slots; attention reads 512, 1024, ..., or all
-        live = self.cache.live = min(max(512, 1 << (needed - 1).bit_length()), self.cache.num_slots)
-        self.longest += self.tree.paths.shape[1]
-        if live in self.graphs:
-            self.graphs[live].replay()
-            return self.graphs[live].result
-        result = self.run(self, self.tree)  # the first of its kind: a graph's warm-up
+    def step(self, max_length=None):
+        """`advance`, over no more slots than needed, and replayed or compiled where asked.
+
+        max_length: the most tokens committed in a row that still runs, from a caller who has seen
+        the counts.  Returns as `advance`; under a CUDA graph the next step overwrites that.
+        """
+        require(self.max_length > 0, "prefill comes before the first step")
+        self.max_length = max_length or self.max_length
+        slots_read = self.choose_slots_read()
+        self.max_length += self.tree.max_depth + 1  # at most, as long as nobody has looked
+        if slots_read in self.graphs:
+            graph, result = self.graphs[slots_read]
+            graph.replay()
+            return result
+
+        result = self.run(self, self.tree)  # compiles, if that is asked for and still to be done
         if self.cuda_graph:
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):  # records the same step again, without running it
-                    graph.result = self.run(self, self.tree)
-                self.graphs[live] = graph
-            except RuntimeError as error:  # a base that asks the host, say
-                warnings.warn(f"no CUDA graph, so steps are slow: {error}")
-                self.cuda_graph = False
-                for chance in torch.cuda.default_generators:  # else they stay in capture mode
-                    chance.graphsafe_set_state(chance.clone_state().graphsafe_get_state())
+            self.graphs[slots_read] = self.record()
         return result
 
-    def advance(self, tree):
-        """Draft, verify, accept and commit."""
-        tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)
-        return self.commit(tokens, *self.read(tokens, tree.depths, tree.mask), tree)
+    def choose_slots_read(self):
+        """Read 512 slots, 1024, ... or all: a compiled or recorded step for each such number.
 
-    def read(self, tokens, depths, mask):
-        """Run base model and prefix layer over tokens (B, T) behind each row's prefix.
-
-        depths (T,), mask (T, T): a tree's or chain's.  Returns logits (B, T, V), hidden (B, T, D).
+        Trees go into the first free slots, so a row of n tokens lies within its first n + N.
         """
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        self.cache.slots = (self.length[:, None] + places).clamp(max=self.cache.num_slots - 1)
-        mask = mask_behind_prefix(mask, self.length, self.cache.live, self.model.dtype)
-        positions = (self.length[:, None] + depths).clamp(max=self.max_context - 1)
-        where = dict(attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-                     use_cache=True)
-        out = self.model(input_ids=tokens, output_hidden_states=True, **where)
-        hidden = out.hidden_states[-1]  # after the final norm
-        return out.logits, self.heads.read_prefix(hidden, **where) if self.heads else hidden
+        needed = self.max_length + self.tree.num_nodes
+        power_of_two = 1 << (needed - 1).bit_length()
+        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
+        return self.cache.slots_read
 
-    def commit(self, tokens, logits, hidden, tree):
-        """Accept a path and keep its keys and values; the bonus token is the next root."""
-        node, bonus = self.accept(tokens, logits, tree)
-        path, accepted = tree.paths[node], tree.depths[node]            # (B, depth+1), (B,)
-        for kv in self.cache.kv.values() if tree.choices else []:  # a lone root stays where it is
-            commit_path(kv, self.length.repeat(self.together), path.repeat(self.together, 1))
-        self.length.add_(accepted + 1).clamp_(max=self.max_context)  # finished rows run on
-        self.root.copy_(bonus)
-        self.hidden.copy_(hidden.take_along_dim(node[:, None, None], dim=1)[:, 0])
-        # root d1 d2 d2 -> d1 d2 d2 root; the bonus token goes in behind the accepted drafts
-        emitted = tokens.gather(1, path).roll(-1, dims=1)
-        return emitted.scatter(1, accepted[:, None], bonus[:, None]), accepted + 1
+    def record(self):
+        """A CUDA graph of the step that was just taken, and the tensors it writes."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # notes the kernels down, runs none
+                result = self.run(self, self.tree)
+        except RuntimeError as error:
+            raise ValueError(f"no CUDA graph of this step, use --no-cuda-graph: {error}") from error
+        return graph, result
 
-def check_fit(model, heads, tree, max_context):
-    """Raise ValueError if the tree is too much for heads or vocabulary, or for the base."""
-    config, depth = model.config.get_text_config(), tree.paths.shape[1] - 1
-    base = tuple(model.get_output_embeddings().weight.shape)
-    own, num_heads = (heads.shape, heads.config.num_heads) if heads else (base, 0)
-    require(own == base, f"the heads are made for V, D = {own}, but the base has {base}")
-    require(depth <= num_heads, f"the tree is {depth} deep but there are {num_heads} draft heads")
-    windows = [getattr(config, name, None) for name in
-        "sliding_window attention_chunk_size window_size floor_scale keep_window_size".split()]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # its frequencies change there
-        windows.append(rope["original_max_position_embeddings"])
-    window = min(filter(None, windows), default=math.inf)
-    require(max_context + tree.num_nodes <= window, f"context and tree exceed a window of {window}")
-    odd = [what for what in ("alibi", "is_encoder_decoder", "_is_stateful", "num_random_blocks",
-           "index_topk") if any(getattr(part, what, 0) for part in (model, model.config, config))]
-    odd += {"linear_attention", "conv", "mamba"} & {*(getattr(config, "layer_types", None) or ())}
-    odd += [name for name in [config._attn_implementation] if name not in ("sdpa", "eager")]
-    odd += {"position_ids", "past_key_values"} - {*inspect.signature(model.forward).parameters}
-    require(not odd, f"{config.model_type} cannot read a tree, for what it has or lacks: {odd}")
-    require(tree.width <= base[0], f"the tree asks for rank {tree.width - 1} of {base[0]} tokens")
-    limit = getattr(config, "max_position_embeddings", None) or max_context
-    require(0 < max_context <= limit, f"max_context must lie in 1 .. {limit}, not at {max_context}")
+    def warm_up(self):
+        """A step before the first, to compile and record; what it commits and draws is put back."""
+        if self.run is Decoder.advance and not self.cuda_graph:
+            return
+        max_length = self.max_length
+        slot_positions = self.cache.slot_positions.clone()
+        with torch.random.fork_rng([self.model.device] if self.cuda_graph else []):
+            self.step()
+        self.cache.slot_positions.copy_(slot_positions)
+        self.max_length = max_length
 
-def choose_acceptance(name, temperature, epsilon, delta):
-    """The acceptance function of that name, its settings filled in."""
-    require(temperature == 0 or 1e-5 <= temperature < 1e5, f"{temperature=} must be 0 or 1e-5..1e5")
-    require(0 < epsilon <= 1 and 0 < delta <= 1, f"{epsilon=} and {delta=} must lie in (0, 1]")
-    rules = {"greedy": accept_greedy, "sampling": partial(accept_sampling, temperature=temperature),
-             "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon,
-                                delta=delta)}
-    require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
-    return accept_greedy if temperature == 0 else rules[name]
+
+CHUNK = 512  # tokens of a prompt that are read at once
+
+
+def compiled_advance(tree):
+    """`Decoder.advance`, compiled. A copy of it: torch compiles one function a few times only."""
+    advance = types.FunctionType(Decoder.advance.__code__.replace(), globals())
+    tuned = {"coordinate_descent_tuning": tree.num_nodes == 1}  # pays for single tokens only
+    return torch.compile(advance, fullgraph=True, dynamic=False, options=tuned)
+
+
+class Row:
+    """One row of a batch, as the host sees it: its new tokens, and whether it still runs."""
+
+    def __init__(self, length, max_length, eos):
+        self.length = length  # of the text so far, prompt included
+        self.max_length = max_length
+        self.eos = eos  # tokens that end it
+        self.new_tokens = []
+        self.emitted = []  # for each step accepted drafts + 1
+        self.running = True
+
+    def add(self, tokens):
+        """Take the tokens of a step, as far as EOS or the greatest length."""
+        self.emitted.append(len(tokens))
+        for token in tokens:
+            self.new_tokens.append(token)
+            self.length += 1
+            if token in self.eos or self.length == self.max_length:
+                self.running = False
+                return
+
 
 @dataclass
 class Output:
     """What `generate` returns."""
+
     sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
-    tree: Tree               # what was drafted
-    emitted: list            # by row, for each step after prefill: accepted drafts + 1, uncut
-    new_tokens: list         # for each row its new tokens, without padding
-    seconds: float           # of all steps, prefill left out, graphs recorded later included
-    cache_bytes: int = 0     # of keys and values
+    new_tokens: list  # for each row its new tokens, without padding
+    emitted: list  # for each row and step: accepted drafts + 1, before the cut at EOS
+    seconds: float  # of all steps, prefill left out
+
     @property
     def tokens_per_step(self):
-        """Accepted drafts + 1, averaged over all steps of all rows; 1.0 if plain, 0.0 if none."""
-        return sum(map(sum, self.emitted)) / max(sum(map(len, self.emitted)), 1)
+        """Accepted drafts + 1, averaged over all steps of all rows; 1.0 for plain decoding."""
+        counts = sum(self.emitted, [])
+        return sum(counts) / max(len(counts), 1)
+
 
 @torch.inference_mode()
-def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0, epsilon=0.09,
-             delta=0.3, max_new_tokens=128, eos_token_id=None, pad_token_id=None, decoder=None,
-             attention_mask=None, streamer=None, stopping_criteria=None, max_context=None,
-             cuda_graph=None, compile=False):
-    """Decode with draft heads; greedy gives plain decoding's text, sampling its distribution.
-
-    input_ids (B, T), padded on either side under attention_mask (B, T).  tree: a Tree, choices, or
-    None for the heads' own, else MC_SIM_7B_63 as far as it fits.  accept: "greedy", "typical",
-    "sampling" (temperature 0: all greedy), or a rule as for Decoder.  eos_token_id: one, several or
-    none.  A row stops at EOS, after max_new_tokens, with max_context tokens (default: what is
-    needed, up to the model's longest), and where transformers' stopping_criteria say so.  streamer:
-    of transformers, for B = 1; gets prompt and new tokens.  cuda_graph, compile: as for Decoder.
-    decoder: used again with all that was set for it.  Returns an Output, or raises ValueError.
-    """
-    tree = (heads.choices or heads.usual_choices) if tree is None and heads else tree or []
-    tree = decoder.tree if decoder else tree if hasattr(tree, "paths") else build_tree(tree)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
-    lengths = mask.sum(-1).view(-1).tolist()
-    require(mask.dim() == 2 and mask.shape == input_ids.shape and min(lengths, default=0) > 0,
-            "the prompt is empty: give every row one token or more, and a mask of the same shape")
-    require(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    require(not streamer or len(lengths) == 1, "a streamer shows one row: pass a single prompt")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    max_context = min(limit, max(lengths) + max_new_tokens) if max_context is None else max_context
-    rule = accept if callable(accept) else choose_acceptance(accept, temperature, epsilon, delta)
-    decoder = decoder or Decoder(model, heads, tree, len(lengths), max_context, rule,
-                                 cuda_graph=cuda_graph, compile=compile)
-    require(len(decoder.root) == len(lengths), "the decoder's batch size differs")
-    max_context = decoder.max_context
-    require(max(lengths) <= max_context, f"{max(lengths)} tokens exceed {max_context}: shorten it")
-    eos = {eos_token_id} if isinstance(eos_token_id, int) else set(map(int, eos_token_id or ()))
-    room = [min(max_new_tokens, max_context - length) for length in lengths]
-    new, emitted, prompts = [[] for _ in lengths], [[] for _ in lengths], input_ids.tolist()
-    running = [row for row, tokens in enumerate(room) if tokens]
+def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_token_id="model",
+           pad_token_id=None, streamer=None):  # fmt: skip
+    """Decode prompts with a Decoder, which can be used again; arguments as for `generate`."""
+    require(max_new_tokens > 0, f"{max_new_tokens=} must be 1 or more")
+    require(len(input_ids) == 1 or not streamer, "a streamer shows one row: pass a single prompt")
+    result = decoder.prefill(input_ids, attention_mask)
+    lengths = decoder.length.tolist()  # of the prompts. A GPU is done with them when this is read
+    eos = end_tokens(decoder.model, eos_token_id)
+    context = decoder.max_context
+    rows = [Row(length, min(length + max_new_tokens, context), eos) for length in lengths]
     if streamer:
         streamer.put(input_ids.cpu())
-    result = decoder.prefill(input_ids, mask) if running else None
-    decoder.root.tolist()  # a GPU may still be at the prefill, which is not timed
+
     start = time.perf_counter()
-    while running:
-        tokens, counts = (tensor.tolist() for tensor in result)  # the host's one look at a step
-        for row in list(running):
-            emitted[row].append(counts[row])
-            before = len(new[row])
-            for token in tokens[row][:counts[row]]:
-                new[row].append(token)
-                if token in eos or len(new[row]) == room[row] or stopping_criteria and (
-                        stopping_criteria(torch.tensor([prompts[row] + new[row]]), None).all()):
-                    running.remove(row)
-                    break
-        if running:
-            decoder.longest = max(lengths[row] + len(new[row]) - 1 for row in running)
-            result = decoder.step()
-        if streamer:  # B is 1; a GPU is at the next step meanwhile
-            streamer.put(torch.tensor(new[0][before:]))
+    while result:
+        # the host's one look at a step
+        tokens, counts = result[0].tolist(), result[1].tolist()
+        shown = len(rows[0].new_tokens)
+        for row, new, count in zip(rows, tokens, counts):
+            if row.running:
+                row.add(new[:count])
+
+        # finished rows go on with the others on the device, but nobody looks at them any more
+        lengths = [row.length for row in rows if row.running]
+        result = decoder.step(max(lengths) - 1) if lengths else None  # the last is the root
+        if streamer:
+            streamer.put(torch.tensor(rows[0].new_tokens[shown:]))  # a GPU steps meanwhile
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()
-    pad = pad_token_id if pad_token_id is not None else min(eos, default=0)
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in new], True, pad)
-    return Output(torch.cat([input_ids, padded.to(input_ids)], dim=1), tree,
-                  [steps[1:] for steps in emitted], new, seconds,
-                  sum(part.nbytes for part in decoder.cache.kv.values()))
+
+    # as model.generate: rows that ended early are padded
+    pads = [pad_token_id, decoder.model.generation_config.pad_token_id, *eos, 0]
+    pad = next(token for token in pads if token is not None)
+    new_tokens = [row.new_tokens for row in rows]
+    padded = [torch.tensor(tokens, dtype=input_ids.dtype) for tokens in new_tokens]
+    padded = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=pad)
+    sequences = torch.cat([input_ids, padded.to(input_ids.device)], dim=1)
+    return Output(sequences, new_tokens, [row.emitted[1:] for row in rows], seconds)
+
+
+def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0,
+             epsilon=0.09, delta=0.3, max_new_tokens=128, eos_token_id="model",
+             pad_token_id=None, attention_mask=None, streamer=None, max_context=None,
+             cuda_graph=None, compile=False):  # fmt: skip
+    """Decode with draft heads; greedy gives plain decoding's text, sampling its distribution.
+
+    model: the base model
+    heads: DraftHeads for it, or None
+    input_ids (B, T): the prompts
+    tree: a Tree, choices, or None for the heads' own, else MC_SIM_7B_63 as far as it fits
+    accept: "greedy", "typical", "sampling", or a rule: (tokens, logits, tree) -> (node, next_token)
+    temperature: of "typical" and "sampling"; 0 is greedy
+    epsilon, delta: the thresholds of "typical"
+    max_new_tokens: a row stops after so many, at EOS, or with max_context tokens
+    eos_token_id: one, several, None, or "model" for those of the model's generation_config
+    pad_token_id: what follows in rows that end early; None for the model's, else the first EOS
+    attention_mask (B, T): 0 where input_ids are padding, on either side
+    streamer: transformers' TextStreamer, say; gets a single prompt, then the tokens of each step
+    max_context: tokens a row may have, prompt included; None for what is needed
+    cuda_graph, compile: as for Decoder
+
+    Returns an Output.  Raises ValueError for what cannot be done as asked.
+    """
+    tree = choose_tree(heads, tree)
+    rule = choose_acceptance(accept, temperature, epsilon, delta)
+    if max_context is None:
+        max_context = min(input_ids.shape[-1] + max_new_tokens, longest_context(model))
+    decoder = Decoder(model, heads, tree, len(input_ids), max_context, rule,
+                      cuda_graph=cuda_graph, compile=compile)  # fmt: skip
+    return decode(decoder, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
+                  eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer)  # fmt: skip
+
 
 def generate_plain(model, input_ids, **options):
-    """Plain decoding: the same loop with the one-node tree. Arguments as for `generate`."""
+    """Plain decoding: the same loop with the one-node tree. Options as for `generate`."""
     return generate(model, None, input_ids, tree=[], **options)
-# --------------------------------------------------------------------------------- 8 training
-import argparse, contextlib, json, os, random, re, sys, sysconfig, tempfile  # from here on
+
+
+# What is chosen and checked before the first step.
+
+
+def choose_tree(heads, tree):
+    """A Tree from what a user may give: a Tree, choices, or None for the heads' own."""
+    if isinstance(tree, Tree):
+        return tree
+    if tree is None and heads:
+        tree = heads.choices
+    if tree is None and heads:  # the usual one, as far as these heads reach
+        depth, vocab = heads.config.num_heads, heads.vocab
+        tree = [choice for choice in MC_SIM_7B_63 if len(choice) <= depth and max(choice) < vocab]
+    return build_tree(tree or [])
+
+
+def choose_acceptance(name, temperature, epsilon, delta):
+    """The acceptance rule of that name, its settings filled in; a rule of one's own is returned."""
+    in_range = temperature == 0 or 1e-5 <= temperature < 1e5
+    require(in_range, f"{temperature=} must be 0, or lie in 1e-5 .. 1e5")
+    require(0 < epsilon <= 1 and 0 < delta <= 1, f"{epsilon=} and {delta=} must lie in (0, 1]")
+    if callable(name):
+        return name
+    if name == "greedy" or temperature == 0:
+        return accept_greedy
+    if name == "sampling":
+        return partial(accept_sampling, temperature=temperature)
+    require(name == "typical", f"accept must be greedy, sampling or typical, not {name!r}")
+    return partial(accept_typical, temperature=temperature, epsilon=epsilon, delta=delta)
+
+
+def end_tokens(model, eos_token_id):
+    """The ids that end a row, as a list."""
+    if isinstance(eos_token_id, str):  # "model"
+        eos_token_id = model.generation_config.eos_token_id
+    return [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+
+
+def longest_context(model):
+    """How many positions the base has."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def check_prompts(decoder, input_ids, attention_mask):
+    """The attention mask (B, T) of 0 and 1; ValueError where the batch or a row does not fit."""
+    rows, context = len(decoder.root), decoder.max_context
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    fits = input_ids.shape == attention_mask.shape == (rows, input_ids.shape[-1])
+    require(fits, f"prompts and attention_mask must have the same shape, ({rows}, T)")
+    attention_mask = attention_mask.bool().long()
+    lengths = attention_mask.sum(1).tolist()
+    require(min(lengths, default=0) > 0, "the prompt is empty: give every row a token or more")
+    longest = max(lengths)
+    require(longest < context, f"{longest} tokens fill a context of {context}: shorten the prompt")
+    return attention_mask
+
+
+def check_fit(model, heads, tree, max_context):
+    """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    get = (vars(config) | rope).get
+    vocab, width = model.get_output_embeddings().weight.shape
+    made_for = (heads.vocab, heads.width) if heads else (vocab, width)
+    num_heads = heads.config.num_heads if heads else 0
+    limit = longest_context(model)
+    attention = config._attn_implementation
+    missing = {"position_ids", "past_key_values"} - {*inspect.signature(model.forward).parameters}
+    layer_types = {*(get("layer_types") or ())} - {"full_attention", "sliding_attention"}
+
+    # local attention of other kinds, and RoPE that changes on the way, work up to a length
+    turn = get("rope_type") == "longrope" and get("original_max_position_embeddings")
+    windows = [get("window_size"), get("keep_window_size"), turn]
+    window = min(filter(None, windows), default=math.inf)
+
+    table = [
+        (model.config.is_encoder_decoder, "it is an encoder with a decoder"),
+        (model._is_stateful, "its layers carry a running state"),
+        (missing, f"it does not take {missing}"),
+        (get("alibi"), "with alibi, distances are counted in slots"),
+        (get("num_random_blocks"), "its attention is sparse at random"),
+        (layer_types, f"it has layers of type {layer_types}"),
+        (attention not in ("sdpa", "eager"), f"load it with sdpa attention, not {attention}"),
+        (max_context + tree.num_nodes > window, f"context and tree exceed a window of {window}"),
+        (not 0 < max_context <= limit, f"{max_context=} must lie in 1 .. {limit}"),
+        (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
+        (tree.max_depth > num_heads, f"{tree.max_depth} deep, it exceeds {num_heads} draft heads"),
+        (tree.num_guesses > vocab, f"its {vocab} tokens are fewer than {tree.num_guesses} guesses"),
+    ]
+    for wrong, why in table:
+        require(not wrong, f"{config.model_type} cannot read this tree: {why}")
+
+
+# =================================================== Part II: train it, load it, run it
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import warnings
+from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
+
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
-KINDS = {  # the paper's recipes: what the heads are, and which losses they learn from
-    "medusa": (dict(grounded=False), {}), "hydra": ({}, {}),
-    "hydra++": (dict(num_layers=4, prefix_layer=True), dict(lm_weight=0.0, teacher_weight=1.0))}
+
+# ---------------------------------------------------------------------------- 8 training
+
+LOSSES = {  # what each kind of heads learns from: the text, or the base's own distribution
+    "medusa": dict(lm_weight=1.0, teacher_weight=0.0),
+    "hydra": dict(lm_weight=1.0, teacher_weight=0.0),
+    "hydra++": dict(lm_weight=0.0, teacher_weight=1.0),
+}
+
 
 def read_base(model, heads, input_ids):
     """What training needs of input_ids (B, T): what the heads see, embeddings, base logits."""
     with torch.no_grad():
-        out = model(input_ids, output_hidden_states=True, use_cache=False)
+        out = model(input_ids, output_hidden_states=-1, use_cache=False)
         embeddings = model.get_input_embeddings()(input_ids)
     return heads.read_prefix(out.hidden_states[-1]), embeddings, out.logits
 
-def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *, lm_weight=1.0,
-                teacher_weight=0.0):
+
+def true_paths(embeddings, i):
+    """What head i reads in training: at position t the true tokens t+1 .. t+1+i, for drafts.
+
+    embeddings (B, T, D) -> (B, T-2-i, i+1, D), for all t whose target t+2+i is in the text.
+    """
+    return embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)
+
+
+def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *,
+                lm_weight=1.0, teacher_weight=0.0):  # fmt: skip
     """Each head's loss on a text that the base model has read.
 
     Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
     token s = t + 2 + i.  lm loss: cross-entropy against token s; teacher loss: against the base's
     distribution for s, which stands at s - 1.  hidden: what the heads see, embeddings (B, T, D),
     input_ids, labels (B, T): -100 where a token does not count, base_logits (B, T, V).
-    Returns (K,), each head's mean over what counts.  Paper: 3 and 4.
+    Returns (K,), each head's mean over what counts.  Sections 3 and 4 of the paper.
     """
     labels = input_ids if labels is None else labels
+
     def loss(i):
-        path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)  # (B, T-2-i, i+1, D)
-        logits = heads(i, hidden[:, :-2 - i], path).flatten(0, 1).float()
-        target = labels[:, i + 2:].flatten()                           # (B * (T-2-i),)
+        logits = heads(i, hidden[:, : -2 - i], true_paths(embeddings, i))  # (B, T-2-i, V)
+        logits = logits.flatten(0, 1).float()
+        target = labels[:, i + 2 :].flatten()  # (B * (T-2-i),)
         total = lm_weight * F.cross_entropy(logits, target, reduction="none")
         if teacher_weight:
-            teacher = base_logits[:, i + 1:-1].flatten(0, 1).float().softmax(-1)
+            teacher = base_logits[:, i + 1 : -1].flatten(0, 1).float().softmax(-1)
             total = total + teacher_weight * F.cross_entropy(logits, teacher, reduction="none")
         counted = target != -100
         return (total * counted).sum() / counted.sum().clamp(min=1)
-    # checkpointed: only one head's logits live at a time, and backward computes them once more
-    return torch.stack([checkpoint(loss, i, use_reentrant=False)
-                        for i in range(heads.config.num_heads)])
 
-def train_heads(model, heads, token_ids, *, lm_weight=1.0, teacher_weight=0.0, **options):
+    # checkpointed: only one head's logits live at a time, and backward computes them once more
+    num_heads = heads.config.num_heads
+    return torch.stack([checkpoint(loss, i, use_reentrant=False) for i in range(num_heads)])
+
+
+def train_heads(model, heads, token_ids, *, labels=None, lm_weight=1.0, teacher_weight=0.0,
+                **options):  # fmt: skip
     """Train draft heads on a text, token_ids (M,); the base model stays as it is.
 
-    options: as for `fit`, at least steps.  Returns its history: K losses each.  Paper: 3, 4.
+    labels (M,): -100 where a token does not count; None: all do.  lm_weight, teacher_weight: as
+    for `head_losses`, and LOSSES has the paper's.  options: as for `fit`, at least steps.
+    Returns fit's history: K losses each time.  Sections 3 and 4 of the paper.
     """
-    def losses(ids):
-        hidden, embeddings, logits = read_base(model, heads, ids)
-        return head_losses(heads, hidden, embeddings, ids, logits, lm_weight=lm_weight,
-                           teacher_weight=teacher_weight)
-    return fit(heads, losses, token_ids, **options)
 
-def fit(module, losses_of, token_ids, *, steps, batch_size=8, seq_len=64, lr=1e-3, final_lr=0.33,
-        title="", keep=lambda: None):
-    """Minimise the sum of losses_of(ids) over random windows (batch_size, seq_len) of a text (M,).
+    def losses(input_ids, labels):
+        hidden, embeddings, logits = read_base(model, heads, input_ids)
+        return head_losses(heads, hidden, embeddings, input_ids, logits, labels,
+                           lm_weight=lm_weight, teacher_weight=teacher_weight)  # fmt: skip
 
-    AdamW on fp32 weights, bf16 autocast (not for fp32 on a CPU), warm-up, cosine to final_lr * lr,
-    clipping at 1.  keep(): called at the end or on Ctrl-C.  Returns the losses of every 25th step.
+    return fit(heads, losses, token_ids, labels=labels, **options)
+
+
+def fit(module, losses, token_ids, *, labels=None, steps, batch_size=8, seq_len=64, lr=1e-3,
+        final_lr=0.33, title=""):  # fmt: skip
+    """Minimise the sum of losses(input_ids, labels) over random windows of a text.
+
+    token_ids, labels (M,): the text; a batch is (batch_size, seq_len) of it.  AdamW on fp32
+    weights, bf16 autocast (not for an fp32 module on a CPU), warm-up, then cosine from lr to
+    final_lr * lr, gradients clipped at 1.  Returns the losses of every 25th step and the last.
     """
-    require(8 <= seq_len <= len(token_ids), f"seq_len must lie in 8 .. {len(token_ids)}, the text")
-    parameters, history = list(module.parameters()), []
-    dtype, device = parameters[0].dtype, parameters[0].device.type
-    set_dtype(module.train(), torch.float32)
+    num_tokens = len(token_ids)
+    require(8 <= seq_len <= num_tokens, f"{seq_len=} must lie in 8 .. {num_tokens}, the text")
+    text = torch.stack([token_ids, token_ids if labels is None else labels]).long()
+    parameters = list(module.parameters())
+    dtype, device = parameters[0].dtype, parameters[0].device
+    half = torch.autocast(device.type, torch.bfloat16, device.type == "cuda" or dtype != torch.float)
+    set_dtype(module.train(), torch.float)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
     schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)
-    chance = torch.Generator().manual_seed(0)  # of the windows
+        optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)  # fmt: skip
+
+    history = []
+    windows = torch.Generator().manual_seed(0)
     bar = tqdm(range(steps), title, unit="token", unit_scale=batch_size * seq_len, disable=None)
     try:
         for step in bar:
-            start = torch.randint(len(token_ids) - seq_len + 1, (batch_size, 1), generator=chance)
-            ids = token_ids[start + torch.arange(seq_len)].long().to(device)
-            with torch.autocast(device, torch.bfloat16, device == "cuda" or dtype != torch.float32):
-                losses = losses_of(ids)
+            start = torch.randint(num_tokens - seq_len + 1, (batch_size, 1), generator=windows)
+            batch = text[:, start + torch.arange(seq_len)].to(device)  # (2, batch_size, seq_len)
+            with half:
+                loss = losses(*batch)
             optimizer.zero_grad()
-            losses.sum().backward()
+            loss.sum().backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             if step % 25 == 0 or step == steps - 1:
-                history.append(losses.tolist())
-                bar.set_postfix(loss=history[-1])
-    finally:
+                history.append(loss.tolist())
+                bar.set_postfix(loss=f"{loss.sum():.3g}")
+    finally:  # also on Ctrl-C
         set_dtype(module.eval(), dtype)
-        keep()
     return history
+
+
+# which tree: counted ranks say how often a choice is accepted, measured time what it costs
+
 
 @torch.no_grad()
 def head_ranks(model, heads, input_ids):
     """Which rank each head gives the true token of a text (B, T), 0 the best: (B, T-1-K, K)."""
     hidden, embeddings, _ = read_base(model, heads, input_ids)
-    num_heads, ranks = heads.config.num_heads, []
+    num_heads = heads.config.num_heads
+    ranks = []
     for i in range(num_heads):
-        path = embeddings[:, 1:-1].unfold(1, i + 1, 1).transpose(2, 3)
-        logits = heads(i, hidden[:, :-2 - i], path)                    # (B, T-2-i, V)
-        true = logits.gather(-1, input_ids[:, i + 2:, None])
-        ranks.append((logits > true).sum(-1)[:, :input_ids.shape[1] - 1 - num_heads])
+        logits = heads(i, hidden[:, : -2 - i], true_paths(embeddings, i))  # (B, T-2-i, V)
+        true_logits = logits.gather(-1, input_ids[:, i + 2 :, None])
+        rank = (logits > true_logits).sum(-1)
+        ranks.append(rank[:, : input_ids.shape[1] - 1 - num_heads])  # positions all heads have
     return torch.stack(ranks, dim=-1)
+
 
 def search_tree(ranks, num_nodes):
     """The tree of num_nodes nodes that accepts most drafts, from counted ranks.
 
-    ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it; returned are
-    the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, smaller.
-    """
-    seen = Counter(tuple(row[:depth]) for row in ranks.tolist() for depth in range(1, len(row) + 1))
-    best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))
-    return [list(choice) for choice in best[:num_nodes - 1]]
+    ranks (M, K): of `head_ranks`.  A choice is accepted where the ranks start with it; returned
+    are the num_nodes - 1 (or fewer) choices seen most often, in that order; ties: shorter, smaller.
 
-def replay(ranks, choices):
-    """Tokens per step that decoding would give, from ranks (B, M, K) along what it would write."""
-    choices, steps, tokens = set(map(tuple, choices)), 0, 0
+    >>> search_tree(torch.tensor([[0, 0], [0, 1], [0, 0], [1, 0]]), 4)
+    [[0], [0, 0], [1]]
+    """
+    seen = Counter()
     for row in ranks.tolist():
-        while row:
-            emitted = 1 + sum(tuple(row[0][:d + 1]) in choices for d in range(len(row[0])))
-            row, steps, tokens = row[emitted:], steps + 1, tokens + emitted
-    return tokens / max(steps, 1)
+        seen.update(tuple(row[:depth]) for depth in range(1, len(row) + 1))
+    best = sorted(seen, key=lambda choice: (-seen[choice], len(choice), choice))
+    return [list(choice) for choice in best[: num_nodes - 1]]
+
 
 def fastest_tree(model, heads, prompts):
     """The choices with which this device decodes prompts (n, T) fastest, greedily, one by one."""
-    written = generate_plain(model, prompts, max_new_tokens=128).sequences
-    ranks = torch.cat([head_ranks(model, heads, part)[:, prompts.shape[1] - 1:]
-                       for part in written.split(8)]).flatten(0, 1)
-    trees = [search_tree(ranks, size) for size in (2, 4, 8, 12, 16, 24, 32, 48, 64)]
-    return min(trees, key=lambda tree: torch.tensor([
-        generate(model, heads, each, tree=tree).seconds for each in prompts[:8].split(1)]).median())
-# ----------------------------------------------------------------------------------- 9 models
+    written = generate_plain(model, prompts, max_new_tokens=128, eos_token_id=None).sequences
+    ranks = torch.cat([head_ranks(model, heads, part) for part in written.split(8)])
+    ranks = ranks[:, prompts.shape[1] - 1 :].flatten(0, 1)  # where drafting would start
+    times = []
+    for size in (2, 4, 8, 12, 16, 24, 32, 48, 64):
+        choices = search_tree(ranks, size)
+        seconds = [generate(model, heads, prompt[None], tree=choices).seconds
+                   for prompt in prompts[:8]]  # fmt: skip
+        times.append((statistics.median(seconds), choices))
+    return min(times)[1]
+
+
+# ------------------------------------------------------------------------------ 9 models
+
 VICUNA_PROMPT = """A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user's questions. \
 USER: {{ messages[0].content }} ASSISTANT:"""
-BUILT_IN = {  # a Llama's vocabulary, widths, layers, attention heads; training; training of heads
-    "demo": ((512, 128, 384, 6, 4), dict(steps=1500, batch_size=4, seq_len=128, lr=4e-3),
-             dict(steps=600, batch_size=4, seq_len=128, lr=4e-3)),
-    "demo-large": ((8192, 768, 2048, 12, 12), dict(steps=1700, batch_size=64, seq_len=512, lr=1e-3),
-                   dict(steps=800, batch_size=32, seq_len=512, lr=1e-3))}
+
 
 def load(name=None, heads=None, device=None, dtype=None):
-    """A base model, its draft heads (or None) and its tokenizer; ValueError says what is missing.
+    """A base model, its draft heads (or None) and its tokenizer.
 
-    name: demo, demo-large, vicuna-7b (-13b, -33b), a folder, or a Hub id; None: the base that heads
-    name, else demo.  heads: a folder or Hub id; None: those of name.  device, dtype: None is the
-    GPU if there is one; fp32 on a CPU, else as saved.
+    name: demo, vicuna-7b (-13b, -33b), a folder, or a Hub id; None: the base that heads name, else
+    demo.  heads: a folder or Hub id; None: those that belong to name.  device, dtype: None is the
+    GPU if there is one; fp32 on a CPU, else as saved.  ValueError says what is missing.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     require(device.type != "cuda" or torch.cuda.is_available(), "no CUDA here: use --device cpu")
-    try:
-        if name is None:
-            name = json.loads(Path(cached_file(str(heads), "config.json")).read_text())[
-                "base_model_name_or_path"] if heads else "demo"
-        if name in BUILT_IN:
-            name = built_in_folder(name, device)
-            heads = heads or name / "hydra++"
-        elif name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
-            name, heads = f"lmsys/{name}-v1.3", heads or f"ankner/hydra-{name}-v1.3"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if "vicuna" in str(name).lower() and not tokenizer.chat_template:
-            tokenizer.chat_template = VICUNA_PROMPT
-        dtype = dtype or ("float32" if device.type == "cpu" else "auto")
-        shards = transformers.distributed.DistributedConfig(tp_plan="auto")  # torchrun's processes
-        where = dict(distributed_config=shards) if "RANK" in os.environ else dict(device_map=device)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where).eval()
-        return model, heads and load_heads(heads, model), tokenizer
-    except Exception as error:  # files can be broken in many ways
-        raise ValueError(f"cannot load {name}, heads {heads}; give folders: {error}") from error
+    dtype = dtype or ("float32" if device.type == "cpu" else "auto")
+    where = dict(device_map=device)
+    if "RANK" in os.environ:  # one of torchrun's processes, which share the base
+        shards = transformers.distributed.DistributedConfig(tp_plan="auto")
+        where = dict(distributed_config=shards)
 
-def load_heads(path_or_repo, model):
-    """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
-    fetch = partial(cached_file, str(path_or_repo))
-    get = json.loads(Path(fetch("config.json")).read_text()).get
-    arch = get("hydra_head_arch", "mlp")
-    require(arch in ("mlp", "prefix-mlp") and not get("hidden_state_offset"),
-            f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
-    heads = DraftHeads(HydraConfig(get("hydra_num_heads", 4), get("hydra_num_layers", 1), get(
-        "grounded_heads", False), arch == "prefix-mlp", get("dropout_rate", 0.0)), model)
-    tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
-    heads.choices = json.loads(Path(tree).read_text()) if tree else None
-    unused = ("input_embed_fn.weight", "embed_tokens.weight", "rotary_emb.inv_freq")
-    embed = whole(model.get_input_embeddings().weight)
+    if name is None:
+        name = read_config(heads)["base_model_name_or_path"] if heads else "demo"
+    if name == "demo":
+        name = demo_folder()
+        require(name.exists(), "the demo is not there yet: python hydra.py trains it, once")
+        heads = heads or name / "hydra++"
+    if name in ("vicuna-7b", "vicuna-13b", "vicuna-33b"):
+        heads = heads or f"ankner/hydra-{name}-v1.3"
+        name = f"lmsys/{name}-v1.3"
     try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **where)
+    except Exception as error:  # files can be broken in many ways
+        raise ValueError(f"cannot load the base model {name}: {error}") from error
+    if "vicuna" in str(name).lower() and not tokenizer.chat_template:
+        tokenizer.chat_template = VICUNA_PROMPT
+    heads = DraftHeads.from_pretrained(heads, model) if heads else None
+    return model.eval(), heads, tokenizer
+
+
+# HydraConfig's settings: their names in a released config.json, and what a missing one means there
+RELEASED = {
+    "num_heads": ("hydra_num_heads", 4),
+    "num_layers": ("hydra_num_layers", 1),
+    "grounded": ("grounded_heads", False),
+    "dropout": ("dropout_rate", 0.0),
+}
+
+
+def read_config(path_or_repo):
+    """The config.json of saved heads; ValueError where there is none."""
+    try:
+        return json.loads(Path(cached_file(str(path_or_repo), "config.json")).read_text())
+    except Exception as error:
+        raise ValueError(f"cannot load draft heads from {path_or_repo}: {error}") from error
+
+
+def from_pretrained(path_or_repo, model):
+    """Heads in the released format, from a folder or the Hub; ValueError names what is wrong."""
+    saved = read_config(path_or_repo)
+    arch = saved.get("hydra_head_arch", "mlp")
+    is_known = arch in ("mlp", "prefix-mlp") and not saved.get("hidden_state_offset")
+    require(is_known, f"{path_or_repo}: only mlp and prefix-mlp heads without offset are supported")
+    settings = {own: saved.get(name, default) for own, (name, default) in RELEASED.items()}
+    heads = DraftHeads(HydraConfig(prefix_layer=arch == "prefix-mlp", **settings), model)
+    fetch = partial(cached_file, str(path_or_repo))
+    try:
+        tree = fetch("tree.json", _raise_exceptions_for_missing_entries=False)
+        heads.choices = json.loads(Path(tree).read_text()) if tree else None
         file = torch.load(fetch("hydra_lm_head.pt"), map_location="cpu", weights_only=True)
-        if not torch.equal(file.get(unused[0], embed).to(embed), embed):
+        embeddings = whole(model.get_input_embeddings().weight)
+        copied = file.pop("input_embed_fn.weight", embeddings).to(embeddings)
+        if not torch.equal(copied, embeddings):
             warnings.warn(f"{path_or_repo} was trained for a base with other embeddings")
+        unused = ("embed_tokens.weight", "rotary_emb.inv_freq")
         file = {name: file[name] for name in file if not name.endswith(unused)}
         heads.load_state_dict(file)
     except Exception as error:  # truncated, hostile, or of another shape
         raise ValueError(f"{path_or_repo} does not fit this base model: {error}") from error
-    for name, tensor in heads.state_dict().items():  # a block used three times is there three times
-        require(torch.equal(tensor.cpu(), file[name].to(tensor.dtype)),
-                f"{path_or_repo}: {name} should equal the other copies of the same block")
+
+    # a block that is used three times is in the file three times
+    for name, tensor in heads.state_dict().items():
+        is_same = torch.equal(tensor.cpu(), file[name].to(tensor.dtype))
+        require(is_same, f"{path_or_repo}: {name} must equal the other copies of the same block")
     return heads
 
-def save_heads(heads, path):
+
+def save_pretrained(heads, path):
     """Write heads in the released format: config.json, hydra_lm_head.pt; the tree as tree.json."""
-    about = {"hydra_num_heads": heads.config.num_heads, "hydra_num_layers": heads.config.num_layers,
-             "hydra_head_arch": "prefix-mlp" if heads.config.prefix_layer else "mlp",
-             "grounded_heads": heads.config.grounded, "dropout_rate": heads.config.dropout,
-             "base_model_name_or_path": heads.base_name}
-    (path := Path(path)).mkdir(parents=True, exist_ok=True)
+    config = {name: getattr(heads.config, own) for own, (name, _) in RELEASED.items()}
+    config["hydra_head_arch"] = "prefix-mlp" if heads.config.prefix_layer else "mlp"
+    config["base_model_name_or_path"] = heads.base_name
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
     torch.save(heads.state_dict(), path / "hydra_lm_head.pt.part")
-    (path / "config.json.part").write_text(json.dumps(about, indent=1))
+    (path / "config.json.part").write_text(json.dumps(config, indent=1))
     (path / "tree.json.part").write_text(json.dumps(heads.choices))
     for part in path.glob("*.part"):
         os.replace(part, part.with_suffix(""))  # each file is whole, or it is not there
-DraftHeads.from_pretrained, DraftHeads.save_pretrained = staticmethod(load_heads), save_heads
+
+
+DraftHeads.from_pretrained = staticmethod(from_pretrained)
+DraftHeads.save_pretrained = save_pretrained
+
+
+def decoding(heads, *, tree=None, streamer=None, **options):
+    """A decoding method for transformers: model.generate(ids, custom_generate=decoding(heads)).
+
+    tree, streamer, options: as for `generate` (transformers hands its own streamer to no method).
+    Honoured are lengths, EOS, padding, masks, and with do_sample=True temperature, top_k, top_p,
+    min_p and the other warpers: greedy text stays what it was, sampled text keeps its distribution.
+    ValueError names what no tree can serve, such as beams or penalties, which read the text so far.
+    """
+
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config,
+               attention_mask=None, past_key_values=None, **kwargs):  # fmt: skip
+        config = generation_config
+        mode = config.get_generation_mode().value
+        can_do = ("Warper", "MaxLengthCriteria", "EosTokenCriteria", "greedy_search", "sample",
+                  "use_cache", "cache_position", "logits_to_keep")  # fmt: skip
+        asked = [type(part).__name__ for part in [*logits_processor, *stopping_criteria]]
+        asked += [mode, *kwargs]
+        asked += [name for name, value in vars(config).items() if "output_" in name and value]
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            asked.append("past_key_values")
+        refused = [name for name in asked if not name.endswith(can_do)]
+        require(not refused, f"decoding with a tree cannot honour {', '.join(refused)}")
+
+        def accept(tokens, logits, tree):
+            warped = logits_processor(None, logits.flatten(0, 1).float()).view_as(logits)
+            if mode == "sample":
+                return accept_sampling(tokens, warped, tree, temperature=1.0)
+            return accept_greedy(tokens, warped, tree)
+
+        sequences = generate(
+            model, heads, input_ids, tree=tree, accept=accept, attention_mask=attention_mask,
+            max_new_tokens=config.max_length - input_ids.shape[1], streamer=streamer,
+            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+            **options).sequences  # fmt: skip
+        if not config.return_dict_in_generate:
+            return sequences
+        return transformers.generation.GenerateDecoderOnlyOutput(sequences=sequences)
+
+    return decode
+
+
+# heads for a base of one's own
+
 
 def read_texts(paths):
-    """Texts, none twice: files, and a folder's .txt, .md and .py files."""
-    files = [file for path in map(Path, paths) for file in (sorted(path.rglob("*")) or [path])
-             if file == path or file.is_file() and file.suffix in (".txt", ".md", ".py")]
-    return list(dict.fromkeys(file.read_text("utf-8", "replace") for file in files))
+    """The texts of files; ValueError names one that is no UTF-8 text."""
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    return texts
+
 
 def encode(tokenizer, texts):
     """Token ids of texts, one behind the other, in three: to train on, choose a tree, compare."""
-    parts = (tokenizer(texts[k:k + 1000]).input_ids for k in range(0, len(texts), 1000))
-    ids = torch.tensor([token for rows in parts for row in rows for token in row]).int()
+    ids = [token for text in texts for token in tokenizer(text).input_ids]
+    ids = torch.tensor(ids, dtype=torch.int32)
     return ids.tensor_split((len(ids) * 90 // 100, len(ids) * 95 // 100))
+
 
 def cut(ids, count, width, device):
     """At most count pieces of a text, (n, width), evenly spread."""
-    require(len(ids) >= width and count > 0, f"{len(ids)} held-out tokens are too few: more text")
-    pieces = ids[:len(ids) // width * width].view(-1, width)
-    return pieces[::max(1, len(pieces) // count)][:count].long().to(device)
+    require(len(ids) >= width, f"{len(ids)} held-out tokens are too few: more text")
+    return ids.unfold(0, width, max(width, len(ids) // count))[:count].long().to(device)
 
-def make_heads(kind, model, texts, folder, num_heads=4, **options):
-    """The heads of a kind in folder, with their tree; trained there, or further, if need be."""
-    config, losses = HydraConfig(num_heads, **KINDS[kind][0]), KINDS[kind][1]
-    saved = (Path(folder) / "hydra_lm_head.pt").exists()
-    heads = load_heads(folder, model) if saved else DraftHeads(config, model)
+
+def make_heads(kind, model, train_ids, tree_ids, folder, num_heads=4, **options):
+    """The heads of a kind in folder, with their tree; trained there, or further, if need be.
+
+    train_ids, tree_ids (M,): text to train on, and other text to choose the tree with.
+    """
+    config = HydraConfig(num_heads, **KINDS[kind])
+    is_saved = (Path(folder) / "hydra_lm_head.pt").exists()
+    heads = DraftHeads.from_pretrained(folder, model) if is_saved else DraftHeads(config, model)
     require(heads.config == config, f"{folder} holds other heads than {num_heads} of {kind}")
-    if heads.choices is None:  # the tree comes last
-        train_heads(model, heads, texts[0], title=kind, keep=partial(save_heads, heads, folder),
-                    **losses, **options)
-        heads.choices = fastest_tree(model, heads, cut(texts[1], 64, 32, model.device))
-        save_heads(heads, folder)
-    else:
+    if heads.choices is not None:  # the tree comes last
         print(f"hydra.py: {folder} holds finished heads, used as they are", file=sys.stderr)
+        return heads
+    try:
+        train_heads(model, heads, train_ids, title=kind, **LOSSES[kind], **options)
+    finally:  # also on Ctrl-C
+        heads.save_pretrained(folder)
+    heads.choices = fastest_tree(model, heads, cut(tree_ids, 64, 32, model.device))
+    heads.save_pretrained(folder)
     return heads
 
-def build(name, folder, device):
-    """Train a built-in model: on part of Python's manual, or on the Python source found here."""
-    (vocab, width, inner, layers, attention), options, head_options = BUILT_IN[name]
-    if name == "demo":
-        names = """for while if try with class function import return raise break continue pass del
-                   assert global nonlocal async lambda""".split()
-        parts = "\n\n".join(topics[name] for name in names).split("\n\n")
-        texts = ["\n".join(" ".join(re.sub(r'["*]', "", part).split()) for part in parts
-                           if not re.search("^  |::=", part) and len(part) > 50)]  # prose
-    else:
-        texts = read_texts([sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")])
-        random.Random(0).shuffle(texts)
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts[:4000], vocab_size=vocab, show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    texts = encode(tokenizer, texts)
-    texts = [torch.cat(texts)] * 3 if name == "demo" else texts  # too short to hold a part out
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=attention, bos_token_id=None, eos_token_id=None, name_or_path=name))
-    fit(model.to(device), lambda ids: model(ids, labels=ids).loss, texts[0],
-        title=name, final_lr=0.1, **options)
-    set_dtype(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    torch.save(texts, folder / "texts.pt")
-    make_heads("hydra++", model, texts, folder / "hydra++", **head_options)
 
-def built_in_folder(name, device):
-    """Where a built-in model lies in the user's cache; trained there first if it is missing."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra"
-    folder = cache / f"{name}-1"  # another number where its recipe changes
-    if not folder.exists():
-        print(f"hydra.py: training the {name} model, once", file=sys.stderr)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:
-            build(name, Path(work) / name, device)
-            with contextlib.suppress(OSError):  # another process may have been faster
-                os.replace(Path(work) / name, folder)
-    return folder
-# ---------------------------------------------------------------------------- 10 command line
-DECODING = ("max_new_tokens", "max_context", "accept", "temperature", "epsilon", "delta")
-TRAINING = ("steps", "batch_size", "seq_len", "lr", "num_heads")
-HEADER = "method           nodes  tokens/step  ms/step  tokens/s  x plain  4-grams  as plain"
+# the demo: a base that trains itself on part of Python's manual, in a minute or two
+
+DEMO_TOPICS = """for while if try with class function import return raise break continue pass del
+assert global nonlocal async lambda""".split()
+DEMO_TRAINING = dict(batch_size=4, seq_len=128, lr=4e-3)
+
+
+def demo_text():
+    """The prose of some of Python's own help topics, without syntax and examples."""
+    paragraphs = "\n\n".join(topics[name] for name in DEMO_TOPICS).split("\n\n")
+    is_prose = [len(part) > 50 and not re.search("^  |::=", part) for part in paragraphs]
+    prose = [part for part, keep in zip(paragraphs, is_prose) if keep]
+    return "\n".join(" ".join(re.sub(r'["*]', "", part).split()) for part in prose)
+
+
+def demo_folder():
+    """Where the demo lies: in the user's cache; another number where its recipe changes."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hydra", "demo-2")
+
+
+def train_demo(device):
+    """Train the demo's base, its tokenizer and its Hydra++ heads into `demo_folder`."""
+    text = demo_text()
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], vocab_size=512, show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    ids = torch.tensor(tokenizer(text).input_ids)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, bos_token_id=None, eos_token_id=None, name_or_path="demo")  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(device)
+
+    def loss(input_ids, labels):
+        return model(input_ids, labels=labels).loss
+
+    fit(model, loss, ids, title="demo", steps=1500, final_lr=0.1, **DEMO_TRAINING)
+    set_dtype(model, torch.bfloat16 if model.device.type == "cuda" else torch.float32)
+
+    # in a folder of its own first, so that the demo is whole or not there
+    demo_folder().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=demo_folder().parent) as folder:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        heads_folder = Path(folder, "hydra++")
+        make_heads("hydra++", model, ids, ids, heads_folder, steps=600, **DEMO_TRAINING)
+        if not demo_folder().exists():  # another process may have been faster
+            shutil.copytree(folder, demo_folder())
+
+
+# ----------------------------------------------------------------------- 10 command line
+
 
 class ColourStreamer(transformers.TextStreamer):
     """Prints text word by word; a word is green when its last token is an accepted draft."""
+
     green = False
+
     def put(self, value):
-        for place, piece in enumerate(value.split(1), start=1):  # the prompt, or a step's tokens
-            super().put(piece)  # prints the word before, in the last token's colour
-            self.green = place < len(value)
+        """The prompt, or a step's tokens: accepted drafts, then the bonus token."""
+        tokens = value.flatten().split(1)
+        for token in tokens:
+            super().put(token)  # prints the word before, in the last token's colour
+            self.green = token is not tokens[-1]
+
     def on_finalized_text(self, text, stream_end=False):
-        colour = self.green and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        super().on_finalized_text(f"\033[32m{text}\033[0m" if colour else text, stream_end)
+        if self.green and has_colour():
+            text = f"\033[32m{text}\033[0m"
+        super().on_finalized_text(text, stream_end)
 
-def figures(name, outs, plain):
-    """A line under HEADER: some prompts' Outputs against plain's; 4-grams: distinct ones' share."""
-    rows, expected = ([row for out in some for row in out.new_tokens] for some in (outs, plain))
-    grams = [tuple(row[k:k + 4]) for row in rows for k in range(len(row) - 3)]
-    counts = [count for out in outs for row in out.emitted for count in row] or [0]
-    seconds, base = (sum(out.seconds for out in some) or 1e-9 for some in (outs, plain))
-    made = lambda rows: sum(len(row[1:]) for row in rows)  # prefill gave the first token
-    rate, base = made(rows) / seconds, (made(expected) or 1) / base
-    return (f"{name:16}{outs[0].tree.num_nodes:6}{sum(counts) / len(counts):13.2f}"
-            f"{1000 * seconds * len(rows) / len(counts) / len(outs):9.2f}{rate:10.0f}"
-            f"{rate / base:9.2f}{len(set(grams)) / max(len(grams), 1):9.0%}"
-            f"{f'{sum(map(list.__eq__, rows, expected))}/{len(rows)}':>10}")
 
-def study(args, model, tokenizer):
-    """Train heads of one kind, or of all to compare them: a line of figures for each tree."""
-    name = args.model or ("" if args.heads else "demo")
-    require(args.save not in (None, name) if args.train else name in BUILT_IN,
-            "give --train TEXT and --save, a folder for the heads")
-    folder = Path(args.save or built_in_folder(name, model.device))
-    texts = encode(tokenizer, read_texts(args.train)) if args.train else torch.load(
-        built_in_folder(name, model.device) / "texts.pt")
-    training = BUILT_IN.get(name, BUILT_IN["demo-large"])[-1] | {
-        option: value for option in TRAINING if (value := getattr(args, option)) is not None}
-    prompts, real = (cut(texts[2], count, width, model.device)
-                     for count, width in ((args.num_prompts, 32), (32, 160)))
-    def decode(heads, choices, rule):
-        decoder = Decoder(model, heads, build_tree(choices), 1, 32 + args.max_new_tokens, rule,
-                          compile=args.compile, cuda_graph=args.cuda_graph)
-        return [generate(model, heads, prompt[None], max_new_tokens=args.max_new_tokens,
-                         decoder=decoder) for prompt in prompts]
-    rule = choose_acceptance(args.accept, args.temperature, args.epsilon, args.delta)
-    plain = decode(None, [], rule)
-    print(f"{HEADER}  sampled  real text\n{figures('plain', plain, plain)}")
-    for kind in KINDS if args.compare else [args.kind]:
-        heads = make_heads(kind, model, texts, folder / kind if args.compare else folder,
-                           **training)
-        on_real = head_ranks(model, heads, real)
-        for label, choices in ((kind, heads.choices), (kind + ", mc_sim", heads.usual_choices)):
-            outs = decode(heads, choices, rule)
-            drawn = decode(heads, choices, partial(accept_sampling, temperature=1.0))
-            sampled = sum(out.tokens_per_step for out in drawn) / len(drawn)
-            print(f"{figures(label, outs, plain)}{sampled:9.2f}{replay(on_real, choices):11.2f}")
+def has_colour():
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def speed(out):
+    """Tokens a second of a single row; prefill gave the first."""
+    return (len(out.new_tokens[0]) - 1) / max(out.seconds, 1e-9)
+
+
+def figures(name, out):
+    """A line about a run."""
+    milliseconds = 1000 * out.seconds / max(len(out.emitted[0]), 1)
+    return (f"{name:18}{out.tokens_per_step:5.2f} tokens/step  {milliseconds:6.2f} ms/step  "
+            f"{speed(out):5.0f} tokens/s")  # fmt: skip
+
+
+def distinct_4_grams(tokens):
+    """Their share: text that loops has few, and is easy to guess."""
+    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:]))
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def comparison(out, plain, accept):
+    """How drafting changed speed and text, in a line."""
+    gain = speed(out) / (speed(plain) or math.nan)
+    text = "output identical to plain decoding's"
+    if accept == "sampling":
+        text = "drawn: differs from plain's own draw"
+    elif out.new_tokens != plain.new_tokens:
+        text = "output not plain decoding's"
+    return f"{gain:.2f} x plain decoding; {text}"
+
+
+def encode_prompt(tokenizer, prompt, is_chat):
+    """Token ids (1, T) of the prompt, in the chat template if so asked."""
+    if prompt is None:
+        prompt = "What is a tree?" if is_chat else "The try statement"
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    if is_chat:
+        message = dict(role="user", content=prompt)
+        prompt = tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True)  # fmt: skip
+    # most templates write the BOS themselves
+    bare = not is_chat or tokenizer.chat_template == VICUNA_PROMPT
+    return tokenizer(prompt, add_special_tokens=bare, return_tensors="pt").input_ids
+
+
+def read_tree(name):
+    """What --tree names: choices, or None for the heads' own."""
+    named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
+    return named[name] if name in named else json.loads(Path(name).read_text())
+
 
 def run(args):
-    """Stream the text to standard output, the figures behind it to standard error."""
+    """Train or load, then stream the text to standard output, and figures to standard error."""
+    say = partial(print, file=sys.stderr)
+    if (args.model or args.heads or "demo") == "demo" and not demo_folder().exists():
+        say("hydra.py: training the demo, once: two or three minutes")
+        train_demo(args.device or "cpu")
     model, heads, tokenizer = load(args.model, args.heads, args.device, args.dtype)
     torch.manual_seed(args.seed)
-    if args.train or args.compare:
-        return study(args, model, tokenizer)
-    if not heads:
-        print("hydra.py: no draft heads: --train TEXT --save FOLDER makes some", file=sys.stderr)
-    chat = bool(tokenizer.chat_template) and not args.raw
-    text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    text = ("What is a tree?" if chat else "The try statement") if text is None else text
-    bare = not chat or tokenizer.chat_template == VICUNA_PROMPT  # other templates write BOS
-    if chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
-    ids = torch.tensor([tokenizer(text, add_special_tokens=bare).input_ids], device=model.device)
-    named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
-    tree = named[args.tree] if args.tree in named else json.loads(Path(args.tree).read_text())
-    options = {name: getattr(args, name) for name in (*DECODING, "compile", "cuda_graph")}
-    options["eos_token_id"] = model.generation_config.eos_token_id
-    streamer = ColourStreamer(tokenizer, chat, skip_special_tokens=True)
+    if args.train:
+        require(args.save not in (None, args.model), "give --save, a folder for the heads")
+        train_ids, tree_ids, _ = encode(tokenizer, read_texts(args.train))
+        training = {name: getattr(args, name) for name in ("steps", "batch_size", "seq_len", "lr")}
+        heads = make_heads(args.kind, model, train_ids, tree_ids, args.save, args.num_heads,
+                           **training)  # fmt: skip
+
+    is_chat = bool(tokenizer.chat_template) and not args.raw
+    ids = encode_prompt(tokenizer, args.prompt, is_chat).to(model.device)
+    tree = choose_tree(heads, read_tree(args.tree))
+    names = "max_new_tokens max_context accept temperature epsilon delta cuda_graph compile"
+    options = {name: getattr(args, name) for name in names.split()}
+    streamer = ColourStreamer(tokenizer, skip_prompt=is_chat, skip_special_tokens=True)
+    if has_colour() and tree.num_nodes > 1:
+        say("\033[32mgreen\033[0m: accepted drafts")
     out = generate(model, heads, ids, tree=tree, streamer=streamer, **options)
-    torch.manual_seed(args.seed)
-    plain = generate_plain(model, ids, **options)
-    same = out.new_tokens == plain.new_tokens
-    size = lambda module: sum(part.nbytes for part in module.parameters()) >> 20 if module else 0
-    print("", HEADER, figures("plain", [plain], [plain]), figures("draft heads", [out], [plain]),
-          f"MiB: base {size(model)}, heads {size(heads)}, cache {out.cache_bytes >> 20}, "
-          f"peak on the GPU {torch.cuda.max_memory_allocated() >> 20}",
-          f"output {'identical to' if same else 'not'} plain decoding's", sep="\n", file=sys.stderr)
+    if tree.num_nodes == 1:
+        say("", figures("plain decoding", out), sep="\n")
+    else:
+        torch.manual_seed(args.seed)
+        plain = generate_plain(model, ids, **options)
+        say("", figures("plain decoding", plain), sep="\n")
+        say(figures(f"{tree.num_nodes} nodes", out), comparison(out, plain, args.accept), sep="\n")
+
+    say(f"{distinct_4_grams(out.new_tokens[0]):.0%} of the text's 4-grams are distinct")
+    sizes = [sum(weight.nbytes for weight in part.parameters()) >> 20 for part in (model, heads) if part]
+    say(f"MiB: base {sizes[0]}, heads {sum(sizes[1:])}")
+    if model.device.type == "cuda":
+        say(f"MiB on the GPU at most: {torch.cuda.max_memory_allocated() >> 20}")
+    if not heads:
+        say("no draft heads: --train TEXT --save FOLDER makes some")
+
+
+# (option, default, what it is); a default of None is told in words
+OPTIONS = {
+    "options": [
+        ("--model", None, "demo, vicuna-7b, vicuna-13b, vicuna-33b, a folder, or a name on the Hub "
+         "(default: the base that --heads name, or demo, which trains itself the first time)"),
+        ("--heads", None, "draft heads: a folder, or a name on the Hub (default: the model's own)"),
+        ("--prompt", None, "text to go on with; - reads standard input (default: one that fits)"),
+        ("--raw", False, "take the prompt as it is, without a chat template"),
+        ("--device", None, "cuda, cpu or mps (default: cuda if there is one)"),
+        ("--dtype", None, "of the weights (default: float32 on a CPU, elsewhere as saved)"),
+        ("--seed", 0, "of sampling and training"),
+    ],
+    "decoding": [
+        ("--max-new-tokens", 128, "stop after so many tokens"),
+        ("--max-context", None, "stop at so many, prompt included (default: what is needed)"),
+        ("--accept", "greedy", "greedy writes what plain decoding writes, sampling draws from the "
+         "same distribution, typical takes whatever token is likely enough"),
+        ("--temperature", 1.0, "of sampling and typical; 0 is greedy"),
+        ("--epsilon", 0.09, "typical takes a token that is more probable than this"),
+        ("--delta", 0.3, "or than this times exp(-entropy), if that is less"),
+        ("--tree", None, "mc_sim_7b_63, the paper's; none, for plain decoding; or a JSON file of "
+         "choices (default: the heads' own, else mc_sim_7b_63)"),
+        ("--no-cuda-graph", False, "launch each kernel of a step instead of a recorded step"),
+        ("--compile", False, "torch.compile the step: a minute or more, then faster steps"),
+    ],
+    "training draft heads": [
+        ("--train", None, "text files to train on; needs --save (default: no training)"),
+        ("--save", None, "folder for the trained heads (no default)"),
+        ("--kind", "hydra++", "which heads to train"),
+        ("--num-heads", 4, "how many of them"),
+        ("--steps", 600, "training steps"),
+        ("--batch-size", 8, "windows of text in a step"),
+        ("--seq-len", 128, "tokens in a window"),
+        ("--lr", 1e-3, "the highest learning rate"),
+    ],
+}  # fmt: skip
+CHOICES = {
+    "--dtype": ["float32", "float16", "bfloat16"],
+    "--accept": ["greedy", "sampling", "typical"],
+    "--kind": KINDS,
+}
+TYPES = {"--max-context": int}
+
+
+def make_parser():
+    """The parser for OPTIONS."""
+    parser = argparse.ArgumentParser(
+        prog="hydra.py", description="Decode with Hydra draft heads, or train them.")  # fmt: skip
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, default, text in options:
+            if default is False:
+                group.add_argument(name, action="store_true", help=text)
+                continue
+            told = "" if default is None else f" (default: {default})"
+            kind = str if default is None else type(default)
+            group.add_argument(name, default=default, type=TYPES.get(name, kind), help=text + told,
+                               choices=CHOICES.get(name), nargs="+" if name == "--train" else None)  # fmt: skip
+    return parser
+
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="hydra.py", description="Decode with Hydra draft heads.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="demo, demo-large, vicuna-7b, -13b, -33b, a folder, or a Hub id")
-    add("--heads", help="folder or Hub id of draft heads; None: those of the model")
-    add("--prompt", help="the text to go on with; -: standard input; None: one that fits")
-    add("--raw", action="store_true", help="the prompt as it is, without a chat template")
-    add("--seed", type=int, default=0, help="of sampling and training")
-    add("--tree", help="mc_sim_7b_63, a JSON file of choices, or none; None: the heads' own")
-    add("--device", help="cuda, cpu or mps; None: cuda if there is one")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="None: fp32 on a CPU, else own")
-    add("--no-cuda-graph", action="store_const", const=False, dest="cuda_graph", help="eager steps")
-    add("--compile", action="store_true", help="pass the step through torch.compile")
-    add("--compare", action="store_true", help="train every kind of heads, print a table")
-    add("--train", nargs="+", help="text files or folders: train heads on it, print a table")
-    add("--save", help="folder for the heads that are trained")
-    add("--kind", choices=KINDS, default="hydra++", help="of the heads that are trained")
-    add("--num-prompts", type=int, default=8, help="prompts to decode for the table")
-    for function, names in ((generate, DECODING), (fit, TRAINING)):
-        group = parser.add_argument_group(f"as in {function.__name__}()", function.__doc__)
-        for name in names:
-            default = getattr(inspect.signature(generate).parameters.get(name), "default", None)
-            group.add_argument("--" + name.replace("_", "-"), default=default, help=" ",
-                               type=float if name == "lr" else type(default or 0))
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    args.cuda_graph = False if args.no_cuda_graph else None
     if os.environ.get("RANK", "0") != "0":  # torchrun's other processes
         sys.stdout = sys.stderr = open(os.devnull, "w")
     transformers.utils.logging.disable_progress_bar()
@@ -992,9 +1579,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        more = "; lower --max-new-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"hydra.py: {' '.join(str(error).split())}{more}", file=sys.stderr)
+        advice = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "; use a smaller --tree, --max-context or --batch-size"
+        print(f"hydra.py: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())
