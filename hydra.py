@@ -130,17 +130,15 @@ class DraftHeads(nn.Module):
             self.hydra_mlp.append(make_mlp(config, i, self.width))
             self.hydra_lm_head.append(make_lm_head(config, base_lm_head))
 
-        self.prefix_embeding_layer = None  # spelt as released
-        if config.prefix_layer:
-            self.prefix_embeding_layer = make_prefix_layer(model)
+        # spelt as released
+        self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         set_dtype(self, model.dtype)
         self.to(model.device).eval()
 
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (..., D), embeddings (..., i+1, D) -> (..., V)."""
         if self.config.grounded:
-            hidden = hidden.expand(*embeddings.shape[:-2], -1)
-            hidden = head_input(hidden, embeddings)
+            hidden = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
         return self.hydra_lm_head[i](self.hydra_mlp[i](hidden))
 
     def read_prefix(self, hidden, **kwargs):
@@ -156,12 +154,11 @@ class DraftHeads(nn.Module):
 class ResBlock(nn.Module):
     """y = R(x) + SiLU(W x + b), W zero at first; R narrows the input, or is the identity."""
 
-    def __init__(self, input_width, width):
+    def __init__(self, width_in, width):
         super().__init__()
-        self.linear = nn.Linear(input_width, width)
+        self.linear = nn.Linear(width_in, width)
         nn.init.zeros_(self.linear.weight)
-        is_square = input_width == width
-        self.res_connection = nn.Identity() if is_square else nn.Linear(input_width, width)
+        self.res_connection = nn.Identity() if width_in == width else nn.Linear(width_in, width)
 
     def forward(self, x):
         return self.res_connection(x) + F.silu(self.linear(x))
@@ -175,8 +172,7 @@ def make_mlp(config, i, width):
     # subtle: all blocks behind the first are one and the same module, used again and again;
     # Medusa's first block is that module, too. The released heads were trained so.
     later = ResBlock(width, width) if config.grounded else first
-    blocks = [first] + [later] * (config.num_layers - 1)
-    return nn.Sequential(*with_dropout(config, blocks))
+    return with_dropout(config, [first] + [later] * (config.num_layers - 1))
 
 
 def make_lm_head(config, base_lm_head):
@@ -186,14 +182,15 @@ def make_lm_head(config, base_lm_head):
     nn.init.zeros_(lm_head.bias)
     for own, base in zip(lm_head.parameters(), base_lm_head.parameters()):
         own.data.copy_(whole(base))
-    return nn.Sequential(*with_dropout(config, [lm_head])) if config.prefix_layer else lm_head
+    return with_dropout(config, [lm_head]) if config.prefix_layer else lm_head
 
 
 def with_dropout(config, modules):
-    """The modules; released heads with a prefix layer have a dropout in front of each."""
-    if not config.prefix_layer:
-        return modules
-    return [layer for module in modules for layer in (nn.Dropout(config.dropout), module)]
+    """The modules, one behind the other; heads with a prefix layer have a dropout before each."""
+    layers = []
+    for module in modules:
+        layers += [nn.Dropout(config.dropout), module] if config.prefix_layer else [module]
+    return nn.Sequential(*layers)
 
 
 def whole(weight):
@@ -241,20 +238,14 @@ class Tree:
 
     choices: list  # the N - 1 choices, of nodes 1 .. N-1
     levels: list  # for each depth the slice of nodes that have it
+    num_nodes: int  # N
+    max_depth: int  # the depth of the last level
     num_guesses: int  # how many guesses a node has to make: the largest rank + 1
     parents: torch.Tensor  # (N,) each node's parent
     depths: torch.Tensor  # (N,) its distance from the root
     ranks: torch.Tensor  # (N,) its rank among its parent's guesses, 0 the best
     paths: torch.Tensor  # (N, max_depth+1) the nodes from the root to it, padded with itself
     mask: torch.Tensor  # (N, N) bool, the tree attention mask of section 3
-
-    @property
-    def num_nodes(self):
-        return len(self.choices) + 1
-
-    @property
-    def max_depth(self):
-        return len(self.levels) - 1
 
     def to(self, device):
         """The same tree with its tensors on another device."""
@@ -301,6 +292,8 @@ def build_tree(choices):
     return Tree(
         choices=[list(choice) for choice in choices],
         levels=levels,
+        num_nodes=len(paths),
+        max_depth=max_depth,
         num_guesses=max(ranks) + 1,
         parents=parents,
         depths=torch.tensor(depths),
@@ -312,7 +305,6 @@ def build_tree(choices):
 
 def check_choices(choices):
     """Raise ValueError that names the first choice which is not a list of ranks."""
-    require(isinstance(choices, (list, tuple)), f"choices must be a list, not {choices!r}")
     for choice in choices:
         is_list = isinstance(choice, (list, tuple)) and len(choice) > 0
         is_choice = is_list and all(type(rank) is int and rank >= 0 for rank in choice)
@@ -326,7 +318,7 @@ CHILDREN = {
     "0": 10, "1": 7, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1, "8": 1, "9": 1,
     "00": 10, "01": 3, "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1, "10": 2, "20": 1,
     "000": 2,
-}  # fmt: skip
+}
 MC_SIM_7B_63 = [[*map(int, path), rank] for path, n in CHILDREN.items() for rank in range(n)]
 
 
@@ -516,16 +508,18 @@ class TreeCache(transformers.Cache):
     def __init__(self, batch_size, num_slots, device):
         super().__init__(layers=[])
         self.num_slots = num_slots
-        self.slots_read = num_slots  # only the first so many are used, see `Decoder.prepare`
+        self.slots_read = num_slots  # only the first so many are used, see `choose_slots_read`
         self.slot_positions = torch.full((batch_size, num_slots), -1, device=device)
-        self.slots = None
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
+        self.numbers = torch.arange(num_slots, device=device)  # (S,)
         self.keys = {}  # layer: (B, H, S, Dh)
         self.values = {}
 
     def take_free_slots(self, count):
         """Choose where `count` new tokens go: each row's first free slots."""
         taken = self.slot_positions[:, : self.slots_read] >= 0
-        self.slots = taken.int().argsort(dim=1, stable=True)[:, :count]
+        order = taken * self.num_slots + self.numbers[: self.slots_read]  # taken ones come last
+        self.slots = order.topk(count, largest=False).indices
 
     def update(self, key, value, layer, *_, **__):
         """Called by each layer: write key, value (B, H, T, Dh), return all that may be read."""
@@ -533,14 +527,13 @@ class TreeCache(transformers.Cache):
 
     def write(self, tensors, layer, new):
         """Write new (B, H, T, Dh) into its slots; return that layer's (B, H, slots_read, Dh)."""
-        batch_size, num_heads, _, width = new.shape
         if layer not in tensors:
             # the first forward shows heads, width and dtype. Zeros: a masked NaN would spread
+            batch_size, num_heads, _, width = new.shape
             tensors[layer] = new.new_zeros(batch_size, num_heads, self.num_slots, width)
 
         # the two indexed dimensions come first: (B, T, H, Dh) on both sides
-        rows = torch.arange(batch_size, device=new.device)[:, None]
-        tensors[layer][rows, :, self.slots] = new.transpose(1, 2)
+        tensors[layer][self.rows, :, self.slots] = new.transpose(1, 2)
         return tensors[layer][:, :, : self.slots_read]
 
 
@@ -576,7 +569,7 @@ class Decoder:
     """
 
     def __init__(self, model, heads, tree, batch_size, max_context, accept=None, *,
-                 cuda_graph=None, compile=False):  # fmt: skip
+                 cuda_graph=None, compile=False):
         check_fit(model, heads, tree, max_context)
         config = model.config.get_text_config()
         device = model.device
@@ -593,8 +586,8 @@ class Decoder:
         self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # committed tokens
         self.root = torch.zeros_like(self.length)  # the token chosen last, not committed yet
-        width = self.embed.embedding_dim
-        self.hidden = torch.zeros(batch_size, width, dtype=model.dtype, device=device)
+        self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
+                                  device=device)
 
         # the same step, faster: see `step`
         self.max_length = 0  # the host's bound on the length of all rows that still run
@@ -616,8 +609,7 @@ class Decoder:
         accepted = tree.depths[node]  # (B,): drafts, the root not counted
 
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
-        on_path = tree.mask[node]  # (B, N)
-        kept = on_path & (positions < self.max_context)
+        kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
         self.length.add_(accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
@@ -675,11 +667,11 @@ class Decoder:
 
         # in chunks, so that masks stay small. All but a row's last token are committed
         self.cache.slot_positions.fill_(-1)
-        body = self.model.base_model  # without the lm_head: nobody reads these logits
         for chunk in torch.arange(self.max_length, device=tokens.device).split(CHUNK):
             positions = chunk.expand(len(tokens), -1)  # (B, T)
             causal = chunk[:, None] >= chunk  # (T, T)
-            self.read(body, tokens[:, chunk], positions, causal)
+            # the base without its lm_head: nobody reads these logits
+            self.read(self.model.base_model, tokens[:, chunk], positions, causal)
             kept = positions < length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
@@ -757,21 +749,21 @@ def compiled_advance(tree):
 class Row:
     """One row of a batch, as the host sees it: its new tokens, and whether it still runs."""
 
-    def __init__(self, length, max_length, eos):
+    def __init__(self, length, end, eos):
         self.length = length  # of the text so far, prompt included
-        self.max_length = max_length
+        self.end = end  # the length it may not exceed
         self.eos = eos  # tokens that end it
         self.new_tokens = []
         self.emitted = []  # for each step accepted drafts + 1
         self.running = True
 
     def add(self, tokens):
-        """Take the tokens of a step, as far as EOS or the greatest length."""
+        """Take the tokens of a step, as far as EOS or its end."""
         self.emitted.append(len(tokens))
         for token in tokens:
             self.new_tokens.append(token)
             self.length += 1
-            if token in self.eos or self.length == self.max_length:
+            if token in self.eos or self.length == self.end:
                 self.running = False
                 return
 
@@ -792,9 +784,8 @@ class Output:
         return sum(counts) / max(len(counts), 1)
 
 
-@torch.inference_mode()
 def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_token_id="model",
-           pad_token_id=None, streamer=None):  # fmt: skip
+           pad_token_id=None, streamer=None):
     """Decode prompts with a Decoder, which can be used again; arguments as for `generate`."""
     require(max_new_tokens > 0, f"{max_new_tokens=} must be 1 or more")
     require(len(input_ids) == 1 or not streamer, "a streamer shows one row: pass a single prompt")
@@ -837,7 +828,7 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0,
              epsilon=0.09, delta=0.3, max_new_tokens=128, eos_token_id="model",
              pad_token_id=None, attention_mask=None, streamer=None, max_context=None,
-             cuda_graph=None, compile=False):  # fmt: skip
+             cuda_graph=None, compile=False):
     """Decode with draft heads; greedy gives plain decoding's text, sampling its distribution.
 
     model: the base model
@@ -862,9 +853,9 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     if max_context is None:
         max_context = min(input_ids.shape[-1] + max_new_tokens, longest_context(model))
     decoder = Decoder(model, heads, tree, len(input_ids), max_context, rule,
-                      cuda_graph=cuda_graph, compile=compile)  # fmt: skip
+                      cuda_graph=cuda_graph, compile=compile)
     return decode(decoder, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-                  eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer)  # fmt: skip
+                  eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer)
 
 
 def generate_plain(model, input_ids, **options):
@@ -879,27 +870,29 @@ def choose_tree(heads, tree):
     """A Tree from what a user may give: a Tree, choices, or None for the heads' own."""
     if isinstance(tree, Tree):
         return tree
-    if tree is None and heads:
-        tree = heads.choices
-    if tree is None and heads:  # the usual one, as far as these heads reach
+    if tree is None:
+        tree = heads.choices if heads else []
+    if tree is None:  # the usual one, as far as these heads reach
         depth, vocab = heads.config.num_heads, heads.vocab
         tree = [choice for choice in MC_SIM_7B_63 if len(choice) <= depth and max(choice) < vocab]
-    return build_tree(tree or [])
+    return build_tree(tree)
 
 
 def choose_acceptance(name, temperature, epsilon, delta):
     """The acceptance rule of that name, its settings filled in; a rule of one's own is returned."""
     in_range = temperature == 0 or 1e-5 <= temperature < 1e5
-    require(in_range, f"{temperature=} must be 0, or lie in 1e-5 .. 1e5")
-    require(0 < epsilon <= 1 and 0 < delta <= 1, f"{epsilon=} and {delta=} must lie in (0, 1]")
+    in_range = in_range and 0 < epsilon <= 1 and 0 < delta <= 1
+    settings = f"{temperature=} must be 0 or lie in 1e-5 .. 1e5, {epsilon=} and {delta=} in (0, 1]"
+    require(in_range, settings)
+    rules = {
+        "greedy": accept_greedy,
+        "sampling": partial(accept_sampling, temperature=temperature),
+        "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon, delta=delta),
+    }
     if callable(name):
         return name
-    if name == "greedy" or temperature == 0:
-        return accept_greedy
-    if name == "sampling":
-        return partial(accept_sampling, temperature=temperature)
-    require(name == "typical", f"accept must be greedy, sampling or typical, not {name!r}")
-    return partial(accept_typical, temperature=temperature, epsilon=epsilon, delta=delta)
+    require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
+    return rules[name] if temperature else accept_greedy
 
 
 def end_tokens(model, eos_token_id):
@@ -939,9 +932,8 @@ def check_fit(model, heads, tree, max_context):
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
     limit = longest_context(model)
-    attention = config._attn_implementation
-    missing = {"position_ids", "past_key_values"} - {*inspect.signature(model.forward).parameters}
-    layer_types = {*(get("layer_types") or ())} - {"full_attention", "sliding_attention"}
+    missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+    layer_types = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
 
     # local attention of other kinds, and RoPE that changes on the way, work up to a length
     turn = get("rope_type") == "longrope" and get("original_max_position_embeddings")
@@ -949,13 +941,11 @@ def check_fit(model, heads, tree, max_context):
     window = min(filter(None, windows), default=math.inf)
 
     table = [
-        (model.config.is_encoder_decoder, "it is an encoder with a decoder"),
-        (model._is_stateful, "its layers carry a running state"),
         (missing, f"it does not take {missing}"),
         (get("alibi"), "with alibi, distances are counted in slots"),
         (get("num_random_blocks"), "its attention is sparse at random"),
         (layer_types, f"it has layers of type {layer_types}"),
-        (attention not in ("sdpa", "eager"), f"load it with sdpa attention, not {attention}"),
+        (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
         (max_context + tree.num_nodes > window, f"context and tree exceed a window of {window}"),
         (not 0 < max_context <= limit, f"{max_context=} must lie in 1 .. {limit}"),
         (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
@@ -1012,7 +1002,7 @@ def true_paths(embeddings, i):
 
 
 def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, *,
-                lm_weight=1.0, teacher_weight=0.0):  # fmt: skip
+                lm_weight=1.0, teacher_weight=0.0):
     """Each head's loss on a text that the base model has read.
 
     Head i at position t reads the true tokens t+1 .. t+1+i in place of drafts, and is asked for
@@ -1040,7 +1030,7 @@ def head_losses(heads, hidden, embeddings, input_ids, base_logits, labels=None, 
 
 
 def train_heads(model, heads, token_ids, *, labels=None, lm_weight=1.0, teacher_weight=0.0,
-                **options):  # fmt: skip
+                **options):
     """Train draft heads on a text, token_ids (M,); the base model stays as it is.
 
     labels (M,): -100 where a token does not count; None: all do.  lm_weight, teacher_weight: as
@@ -1051,13 +1041,13 @@ def train_heads(model, heads, token_ids, *, labels=None, lm_weight=1.0, teacher_
     def losses(input_ids, labels):
         hidden, embeddings, logits = read_base(model, heads, input_ids)
         return head_losses(heads, hidden, embeddings, input_ids, logits, labels,
-                           lm_weight=lm_weight, teacher_weight=teacher_weight)  # fmt: skip
+                           lm_weight=lm_weight, teacher_weight=teacher_weight)
 
     return fit(heads, losses, token_ids, labels=labels, **options)
 
 
 def fit(module, losses, token_ids, *, labels=None, steps, batch_size=8, seq_len=64, lr=1e-3,
-        final_lr=0.33, title=""):  # fmt: skip
+        final_lr=0.33, title=""):
     """Minimise the sum of losses(input_ids, labels) over random windows of a text.
 
     token_ids, labels (M,): the text; a batch is (batch_size, seq_len) of it.  AdamW on fp32
@@ -1073,7 +1063,7 @@ def fit(module, losses, token_ids, *, labels=None, steps, batch_size=8, seq_len=
     set_dtype(module.train(), torch.float)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
     schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)  # fmt: skip
+        optimizer, min(100, steps // 10), steps, min_lr_rate=final_lr)
 
     history = []
     windows = torch.Generator().manual_seed(0)
@@ -1139,7 +1129,7 @@ def fastest_tree(model, heads, prompts):
     for size in (2, 4, 8, 12, 16, 24, 32, 48, 64):
         choices = search_tree(ranks, size)
         seconds = [generate(model, heads, prompt[None], tree=choices).seconds
-                   for prompt in prompts[:8]]  # fmt: skip
+                   for prompt in prompts[:8]]
         times.append((statistics.median(seconds), choices))
     return min(times)[1]
 
@@ -1261,11 +1251,11 @@ def decoding(heads, *, tree=None, streamer=None, **options):
     """
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config,
-               attention_mask=None, past_key_values=None, **kwargs):  # fmt: skip
+               attention_mask=None, past_key_values=None, **kwargs):
         config = generation_config
         mode = config.get_generation_mode().value
         can_do = ("Warper", "MaxLengthCriteria", "EosTokenCriteria", "greedy_search", "sample",
-                  "use_cache", "cache_position", "logits_to_keep")  # fmt: skip
+                  "use_cache", "cache_position", "logits_to_keep")
         asked = [type(part).__name__ for part in [*logits_processor, *stopping_criteria]]
         asked += [mode, *kwargs]
         asked += [name for name, value in vars(config).items() if "output_" in name and value]
@@ -1284,7 +1274,7 @@ def decoding(heads, *, tree=None, streamer=None, **options):
             model, heads, input_ids, tree=tree, accept=accept, attention_mask=attention_mask,
             max_new_tokens=config.max_length - input_ids.shape[1], streamer=streamer,
             eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-            **options).sequences  # fmt: skip
+            **options).sequences
         if not config.return_dict_in_generate:
             return sequences
         return transformers.generation.GenerateDecoderOnlyOutput(sequences=sequences)
@@ -1370,7 +1360,7 @@ def train_demo(device):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
-        num_attention_heads=4, bos_token_id=None, eos_token_id=None, name_or_path="demo")  # fmt: skip
+        num_attention_heads=4, bos_token_id=None, eos_token_id=None, name_or_path="demo")
     model = transformers.LlamaForCausalLM(config).to(device)
 
     def loss(input_ids, labels):
@@ -1424,7 +1414,7 @@ def figures(name, out):
     """A line about a run."""
     milliseconds = 1000 * out.seconds / max(len(out.emitted[0]), 1)
     return (f"{name:18}{out.tokens_per_step:5.2f} tokens/step  {milliseconds:6.2f} ms/step  "
-            f"{speed(out):5.0f} tokens/s")  # fmt: skip
+            f"{speed(out):5.0f} tokens/s")
 
 
 def distinct_4_grams(tokens):
@@ -1453,7 +1443,7 @@ def encode_prompt(tokenizer, prompt, is_chat):
     if is_chat:
         message = dict(role="user", content=prompt)
         prompt = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True)  # fmt: skip
+            [message], tokenize=False, add_generation_prompt=True)
     # most templates write the BOS themselves
     bare = not is_chat or tokenizer.chat_template == VICUNA_PROMPT
     return tokenizer(prompt, add_special_tokens=bare, return_tensors="pt").input_ids
@@ -1462,7 +1452,11 @@ def encode_prompt(tokenizer, prompt, is_chat):
 def read_tree(name):
     """What --tree names: choices, or None for the heads' own."""
     named = {None: None, "none": [], "mc_sim_7b_63": MC_SIM_7B_63}
-    return named[name] if name in named else json.loads(Path(name).read_text())
+    if name in named:
+        return named[name]
+    choices = json.loads(Path(name).read_text())
+    require(isinstance(choices, list), f"{name} holds no list of choices")
+    return choices
 
 
 def run(args):
@@ -1478,7 +1472,7 @@ def run(args):
         train_ids, tree_ids, _ = encode(tokenizer, read_texts(args.train))
         training = {name: getattr(args, name) for name in ("steps", "batch_size", "seq_len", "lr")}
         heads = make_heads(args.kind, model, train_ids, tree_ids, args.save, args.num_heads,
-                           **training)  # fmt: skip
+                           **training)
 
     is_chat = bool(tokenizer.chat_template) and not args.raw
     ids = encode_prompt(tokenizer, args.prompt, is_chat).to(model.device)
@@ -1541,7 +1535,7 @@ OPTIONS = {
         ("--seq-len", 128, "tokens in a window"),
         ("--lr", 1e-3, "the highest learning rate"),
     ],
-}  # fmt: skip
+}
 CHOICES = {
     "--dtype": ["float32", "float16", "bfloat16"],
     "--accept": ["greedy", "sampling", "typical"],
@@ -1553,7 +1547,7 @@ TYPES = {"--max-context": int}
 def make_parser():
     """The parser for OPTIONS."""
     parser = argparse.ArgumentParser(
-        prog="hydra.py", description="Decode with Hydra draft heads, or train them.")  # fmt: skip
+        prog="hydra.py", description="Decode with Hydra draft heads, or train them.")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, text in options:
@@ -1563,7 +1557,7 @@ def make_parser():
             told = "" if default is None else f" (default: {default})"
             kind = str if default is None else type(default)
             group.add_argument(name, default=default, type=TYPES.get(name, kind), help=text + told,
-                               choices=CHOICES.get(name), nargs="+" if name == "--train" else None)  # fmt: skip
+                               choices=CHOICES.get(name), nargs="+" if name == "--train" else None)
     return parser
 
 

@@ -43,6 +43,7 @@ from functools import lru_cache, partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -92,6 +93,7 @@ VOCAB, WIDTH, LIMIT, NUM_HEADS = 32, 32, 96, 4  # LIMIT: the longest context of 
 SEVEN = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]  # the running example of hydra.py
 KINDS = {"medusa": dict(grounded=False), "hydra": dict(),
          "hydra++": dict(num_layers=4, prefix_layer=True)}
+WINDOW = 9
 BASES = {
     "llama": ("LlamaConfig", {}),
     "llama-gqa": ("LlamaConfig", dict(num_key_value_heads=2, rope_parameters=dict(
@@ -111,17 +113,40 @@ BASES = {
         attention_multiplier=0.3, logits_scaling=0.25)),
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4)),
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+MIXED = dict(layer_types=[SLIDING, FULL, SLIDING], head_dim=16)
+SLIDING_BASES = {  # layers that see the last WINDOW tokens only; the first five have no layer types
+    "mistral-sliding": ("MistralConfig", {}),
+    "phi3-sliding": ("Phi3Config", {}),
+    "mixtral-sliding": ("MixtralConfig", dict(num_local_experts=4)),
+    "starcoder2-sliding": ("Starcoder2Config", {}),
+    "qwen3-moe-sliding": ("Qwen3MoeConfig", dict(
+        use_sliding_window=True, head_dim=16, moe_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2)),
+    "gemma2-sliding": ("Gemma2Config", MIXED | dict(tie_word_embeddings=False)),
+    "gemma3-sliding": ("Gemma3TextConfig", MIXED | dict(  # RoPE differs between its layer types
+        tie_word_embeddings=False, query_pre_attn_scalar=1)),
+    "cohere2-sliding": ("Cohere2Config", MIXED),  # no RoPE where attention is full
+    "olmo3-sliding": ("Olmo3Config", MIXED),
+    "qwen2-sliding": ("Qwen2Config", MIXED | dict(use_sliding_window=True)),
+    "qwen3-sliding": ("Qwen3Config", MIXED | dict(use_sliding_window=True)),
+    "smollm3-sliding": ("SmolLM3Config", MIXED | dict(use_sliding_window=True)),
+    "gpt-oss-sliding": ("GptOssConfig", MIXED | dict(num_local_experts=4)),
+    "ministral-sliding": ("MinistralConfig", MIXED | dict(layer_types=[SLIDING] * 3)),
+}
 
 
 @lru_cache(maxsize=None)
 def base(name, dtype=torch.float32, device="cpu", **changes):
     """A tiny random base model. Its weights are large, so that its greedy text varies."""
-    config, own = BASES[name]
+    config, own = (BASES | SLIDING_BASES)[name]
     settings = dict(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LIMIT, initializer_range=0.5, pad_token_id=None, bos_token_id=None,
         eos_token_id=None)
     settings |= {} if name in ("gpt2", "opt", "falcon") else dict(intermediate_size=48)
+    if name in SLIDING_BASES:
+        settings |= dict(sliding_window=WINDOW, num_hidden_layers=3, num_key_value_heads=2)
     torch.manual_seed(1)
     config = getattr(transformers, config)(**settings | own | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device, dtype)
@@ -367,7 +392,12 @@ def test_draft_heads_drop_out_in_training_only():
     assert not torch.equal(heads(*example), heads(*example))
 
 
-@pytest.mark.parametrize("name", BASES)
+def test_draft_heads_drop_out_beside_a_prefix_layer_only():
+    with pytest.raises(ValueError, match="dropout needs prefix_layer"):
+        hydra.HydraConfig(dropout=0.5)
+
+
+@pytest.mark.parametrize("name", [*BASES, *SLIDING_BASES])
 def test_draft_heads_prefix_layer_is_one_causal_layer_of_the_base(name):
     model = base(name)
     before = model.config.to_dict()
@@ -377,27 +407,27 @@ def test_draft_heads_prefix_layer_is_one_causal_layer_of_the_base(name):
     base_names = {key.split(".", 1)[1] for key, _ in model.named_parameters() if "." in key}
     assert own and not any("embed_tokens" in key or "wte" in key for key in own)
     assert {key for key in own if ".1." in key} == set() and own <= base_names
-    hidden = torch.randn(2, 9, WIDTH)
+    hidden = torch.randn(2, WINDOW + 3, WIDTH)
     whole = heads.read_prefix(hidden)
     assert_close(heads.read_prefix(hidden[:, :5]), whole[:, :5], atol=1e-4, rtol=1e-4)
     other = hidden.clone()
-    other[:, 0] = torch.randn(WIDTH)  # what comes first reaches what comes last
+    other[:, 0] = torch.randn(WIDTH)  # what comes first reaches what comes last, through no window
     assert not torch.allclose(heads.read_prefix(other)[:, -1], whole[:, -1])
     assert make_heads("hydra", model).read_prefix(hidden) is hidden
 
 
-def test_draft_heads_usual_tree_fits_a_small_vocabulary():
-    model = base("llama", vocab_size=8)
-    heads = make_heads("hydra", model)
-    assert heads.usual_choices == [choice for choice in hydra.MC_SIM_7B_63 if max(choice) < 8]
-    hydra.generate(model, heads, torch.ones(1, 3, dtype=torch.long), max_new_tokens=5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_draft_heads_in_half_precision_keep_the_frequencies_of_their_positions(kind):
+    model = base("llama", torch.bfloat16)
+    heads = make_heads(kind, model)
+    assert {weight.dtype for weight in heads.parameters()} == {torch.bfloat16}
+    if kind == "hydra++":
+        assert heads.prefix_embeding_layer.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_draft_heads_prefix_layer_attends_to_all_positions():
-    model = copy.deepcopy(base("qwen3"))
-    model.config.sliding_window, model.config.layer_types = 200, ["sliding_attention"] * 2
-    assert make_heads("hydra++", model).prefix_embeding_layer.config.layer_types == [
-        "full_attention"]
+def test_draft_heads_know_the_base_they_are_made_for():
+    heads = make_heads("hydra", base("llama", vocab_size=40))
+    assert (heads.vocab, heads.width, heads.base_name) == (40, WIDTH, "")
 
 
 # -------------------------------------------------------------------------------------- 2 tree
@@ -411,6 +441,8 @@ def test_tree_build_tree_running_example():
     assert tree.paths.tolist() == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 2, 2, 2], [0, 1, 3, 3],
                                    [0, 1, 4, 4], [0, 2, 5, 5], [0, 1, 3, 6]]
     assert tree.mask.dtype == torch.bool and tree.mask.sum(1).tolist() == [1, 2, 2, 3, 3, 3, 4]
+    assert tree.levels == [slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 7)]
+    assert (tree.max_depth, tree.num_guesses) == (3, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -425,18 +457,25 @@ def test_tree_build_tree_random(seed):
         assert tree.depths[node] == len(choice) and tree.ranks[node] == choice[-1]
         assert tree.paths[node].tolist() == ([0] + line + [node] * deepest)[:deepest + 1]
         assert tree.mask[node].nonzero()[:, 0].tolist() == sorted([0] + line)
+    assert tree.max_depth == deepest == len(tree.levels) - 1
+    assert tree.num_guesses == 1 + max(map(max, choices))
+    nodes = list(range(tree.num_nodes))
+    for depth, level in enumerate(tree.levels):
+        assert nodes[level] == [node for node in nodes if tree.depths[node] == depth]
 
 
 def test_tree_build_tree_of_the_root_alone():
     tree = hydra.build_tree([])
     assert tree.num_nodes == 1 and tree.parents.tolist() == tree.depths.tolist() == [0]
     assert tree.paths.tolist() == [[0]] and tree.mask.tolist() == [[True]]
+    assert (tree.levels, tree.max_depth, tree.num_guesses) == ([slice(0, 1)], 0, 1)
 
 
 @pytest.mark.parametrize("choices, message", [
     ([[0], [1, 0]], r"\[1, 0\] has no parent.*\[1\]"), ([[0], [0, 0, 0], [1]], r"\[0, 0\]"),
-    ([[0], [1], (0,)], "twice"), ([[0], [-1]], r"\[-1\]"), ([[0], []], r"\[\]"), ([0], "0"),
-    ([[0], [0.5]], "0.5"), ([["a"]], "'a'"), ([[True]], "True")])
+    ([[0], [1], (0,)], r"\[0\] is there twice"), ([[0], [-1]], r"\[-1\]"), ([[0], []], r"\[\]"),
+    ([0], "choice 0 must be a list"), ([[0], [0.5]], "0.5"), ([["a"]], "'a'"), ([[True]], "True"),
+    ("0", "choices must be a list, not '0'"), ({"0": 1}, "must be a list"), (None, "not None")])
 def test_tree_build_tree_names_the_malformed_choice(choices, message):
     with pytest.raises(ValueError, match=message):
         hydra.build_tree(choices)
@@ -455,7 +494,7 @@ def test_tree_mc_sim_7b_63_is_the_published_one():
 def test_tree_moves_to_a_device_as_a_copy():
     tree = hydra.build_tree(SEVEN)
     moved = tree.to("meta")
-    assert (moved.choices, moved.num_nodes) == (SEVEN, 7)
+    assert (moved.choices, moved.num_nodes) == (SEVEN, 7) and moved.levels == tree.levels
     for name in ("parents", "depths", "ranks", "paths", "mask"):
         assert getattr(moved, name).is_meta and not getattr(tree, name).is_meta
 
@@ -490,31 +529,90 @@ def test_tree_attention_mask_is_ancestor_or_self(seed):
     assert torch.equal(got, slow)
 
 
-def test_tree_attention_behind_the_prefix():
+def test_tree_attention_visible_slots_are_the_prefix_and_the_ancestors():
+    T, F = True, False
+    mask = torch.tensor([[T, F, F], [T, T, F], [T, F, T]])  # a root and its two children
+    slot_positions = torch.tensor([[0, -1, 2, -1, 1, -1], [-1, -1, -1, 0, -1, -1]])
+    slots = torch.tensor([[1, 3, 5], [0, 1, 2]])
+    before = slot_positions.clone()
+    assert hydra.visible_slots(slot_positions, slots, mask).tolist() == [
+        [[T, T, T, F, T, F], [T, T, T, T, T, F], [T, T, T, F, T, T]],
+        [[T, F, F, T, F, F], [T, T, F, T, F, F], [T, F, T, T, F, F]]]
+    assert torch.equal(slot_positions, before)
+
+
+def test_tree_attention_within_window_counts_positions_not_slots():
     T, F = True, False
     mask = torch.tensor([[T, F, F], [T, T, F], [T, F, T]])
-    got = hydra.mask_behind_prefix(mask, torch.tensor([2, 0]), 6, torch.float16)
-    assert got.shape == (2, 1, 3, 6) and got.dtype == torch.float16
-    assert set(got.unique().tolist()) == {0.0, torch.finfo(torch.float16).min}
-    assert (got == 0)[:, 0].tolist() == [
-        [[T, T, T, F, F, F], [T, T, T, T, F, F], [T, T, T, F, T, F]],
-        [[T, F, F, F, F, F], [T, T, F, F, F, F], [T, F, T, F, F, F]]]
+    slot_positions = torch.tensor([[0, -1, 3, -1, 1, 2, -1]])  # the tree is in slots 1, 3 and 6
+    slots, positions = torch.tensor([[1, 3, 6]]), torch.tensor([[4, 5, 5]])
+    seen = hydra.visible_slots(slot_positions, slots, mask)
+    before = slot_positions.clone(), seen.clone()
+    windows = {window: hydra.within_window(seen, slot_positions, slots, positions, window).tolist()
+               for window in (1, 2, 3, 5, 6)}
+    assert windows[1] == [[[F, T, F, F, F, F, F], [F, F, F, T, F, F, F], [F, F, F, F, F, F, T]]]
+    assert windows[2] == [[[F, T, T, F, F, F, F], [F, T, F, T, F, F, F], [F, T, F, F, F, F, T]]]
+    assert windows[3] == [[[F, T, T, F, F, T, F], [F, T, T, T, F, F, F], [F, T, T, F, F, F, T]]]
+    assert windows[5] == [[[T, T, T, F, T, T, F], [F, T, T, T, T, T, F], [F, T, T, F, T, T, T]]]
+    assert windows[6] == seen.tolist()
+    assert torch.equal(slot_positions, before[0]) and torch.equal(seen, before[1])
+
+
+def test_tree_attention_within_window_has_a_place_for_each_row():
+    """Rows of other lengths in other slots: a slow loop over tokens and slots says who is near."""
+    torch.manual_seed(0)
+    positions_of = torch.stack([torch.randperm(12) for _ in range(5)])
+    length = torch.tensor([9, 0, 4, 7, 1])
+    slot_positions = torch.where(positions_of < length[:, None], positions_of, -1)
+    slots = (slot_positions < 0).int().argsort(dim=1, descending=True, stable=True)[:, :3]
+    positions = length[:, None] + torch.tensor([0, 1, 1])
+    seen = hydra.visible_slots(slot_positions, slots, torch.tensor(
+        [[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool())
+    got = hydra.within_window(seen, slot_positions, slots, positions, 4)
+    for row, token, slot in itertools.product(range(5), range(3), range(12)):
+        own = slots[row].tolist()
+        at = positions[row, own.index(slot)] if slot in own else slot_positions[row, slot]
+        near = positions[row, token] - at < 4
+        assert got[row, token, slot] == (seen[row, token, slot] and near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tree_attention_additive_mask_is_zero_or_the_most_negative_number(dtype):
+    visible = torch.tensor([[[True, False, True], [False, True, True]]])
+    least = torch.finfo(dtype).min
+    got = hydra.additive_mask(visible, dtype)
+    assert got.dtype == dtype and got.tolist() == [[[[0, least, 0], [least, 0, 0]]]]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [*BASES, *SLIDING_BASES])
 def test_tree_attention_gives_each_node_the_logits_of_its_path_alone(name):
-    model, prompts, choices = base(name), random_prompts(3, 8, 1, 5), random_choices(3)
+    model, prompts, choices = base(name), random_prompts(3, WINDOW + 5, 1, 7), random_choices(3)
     heads = make_heads("hydra++", model)
     decoder, _ = decoder_after_prompt(model, heads, choices, prompts)
-    tokens = torch.randint(VOCAB, (3, 16))
-    logits, hidden = decoder.read(tokens, decoder.tree.depths, decoder.tree.mask)
+    tokens, tree = torch.randint(VOCAB, (3, 16)), decoder.tree
+    out, hidden = decoder.read(model, tokens, decoder.length[:, None] + tree.depths, tree.mask)
     for row, node in itertools.product(range(3), range(16)):
         path = [tokens[row, other].item() for other in [0, *ancestors(choices, node)]]
         alone = model(torch.tensor([[*prompts[row], *path]]), output_hidden_states=True)
         prefix = heads.read_prefix(alone.hidden_states[-1])
-        assert_close(logits[row, node], alone.logits[0, -1], atol=1e-3, rtol=1e-3)
+        assert_close(out.logits[row, node], alone.logits[0, -1], atol=1e-3, rtol=1e-3)
         assert_close(hidden[row, node], prefix[0, -1], atol=1e-3, rtol=1e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", SLIDING_BASES)
+def test_tree_attention_of_the_prefix_layer_is_that_of_training(name):
+    """A window is the base's own: what the heads see in decoding is what they learnt from."""
+    model, (prompt,) = base(name), random_prompts(4, 2 * WINDOW)
+    heads = make_heads("hydra++", model)
+    decoder, _ = decoder_after_prompt(model, heads, [], [prompt])
+    text = torch.tensor([[*prompt, 3, 1]])
+    trained = heads.read_prefix(model(text, output_hidden_states=True).hidden_states[-1])
+    chain = torch.ones(2, 2).tril().bool()
+    positions = torch.tensor([[2 * WINDOW, 2 * WINDOW + 1]])
+    _, hidden = decoder.read(model, text[:, -2:], positions, chain)
+    assert_close(hidden, trained[:, -2:], atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------- 4 drafting
@@ -542,7 +640,7 @@ def test_drafting_draft_tree_calls_a_head_once_for_each_level():
     tree = hydra.build_tree([[0], [2], [4], [2, 0], [4, 1], [4, 3], [4, 3, 0]])
     hydra.draft_tree(heads, tree, torch.tensor([5]), torch.randn(1, WIDTH),
                      model.get_input_embeddings())
-    assert calls == [(0, 1), (1, 2), (2, 1)]  # as many paths as have children
+    assert calls == [(0, 1), (1, 3), (2, 3)]  # all paths of a level at once
 
 
 def test_drafting_draft_tree_of_the_root_alone():
@@ -730,52 +828,104 @@ def test_acceptance_accept_sampling_draws_in_float32():
 # ---------------------------------------------------------------------------------- 6 KV cache
 
 def test_kv_cache_commit_path_running_example():
-    slots = torch.arange(10.0)[None, None, :, None]  # each row of the cache holds its number
-    hydra.commit_path(slots, torch.tensor([2]), torch.tensor([[0, 1, 4, 4]]))
-    assert slots[0, 0, :5, 0].tolist() == [0, 1, 2, 3, 6]  # prefix, then nodes 0, 1 and 4
+    """The picture in its docstring: sat, on and a of the tree in slots 2 to 8 keep 2, 3 and 4."""
+    slot_positions = torch.tensor([[0, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1]])
+    slots, positions = torch.arange(2, 9)[None], torch.tensor([[2, 3, 3, 4, 4, 4, 5]])
+    kept = torch.tensor([[True, True, False, False, True, False, False]])
+    hydra.commit_path(slot_positions, slots, positions, kept)
+    assert slot_positions.tolist() == [[0, 1, 2, 3, -1, -1, 4, -1, -1, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_kv_cache_commit_path_equals_moving_rows_one_by_one(seed):
+def test_kv_cache_commit_path_equals_a_loop_over_rows_and_slots(seed):
     torch.manual_seed(seed)
-    choices = random_choices(seed, size=12)
-    tree, kv = hydra.build_tree(choices), torch.randn(12, 3, 30, 2)
-    length, before = torch.randint(0, 30 - 12 + 1, (12,)), kv.clone()
-    hydra.commit_path(kv, length, tree.paths[torch.arange(12)])  # row b accepts node b
-    for row in range(12):
-        line, start = [0, *ancestors(choices, row)], length[row].item()
-        assert torch.equal(kv[row, :, :start], before[row, :, :start])
-        for step, node in enumerate(line):
-            assert torch.equal(kv[row, :, start + step], before[row, :, start + node])
+    rows, num_slots, nodes = 5, 20, 3 * seed + 1
+    order = torch.rand(rows, num_slots).argsort(1)
+    slots, others = order[:, :nodes], order[:, nodes:]
+    slot_positions = torch.full((rows, num_slots), -1)
+    slot_positions.scatter_(1, others, torch.randint(-1, 50, others.shape))
+    positions, kept = torch.randint(50, 90, (rows, nodes)), torch.rand(rows, nodes) < 0.5
+    expected = slot_positions.tolist()
+    for row, node in itertools.product(range(rows), range(nodes)):
+        if kept[row, node]:
+            expected[row][slots[row, node]] = positions[row, node].item()
+    given = [tensor.clone() for tensor in (slots, positions, kept)]
+    hydra.commit_path(slot_positions, slots, positions, kept)
+    assert slot_positions.tolist() == expected  # in place, and other slots as they were
+    assert all(map(torch.equal, given, (slots, positions, kept)))
+
+
+def cache_with(slot_positions):
+    cache = hydra.TreeCache(len(slot_positions), len(slot_positions[0]), "cpu")
+    assert cache.slot_positions.unique().tolist() == [-1]  # at first all slots are free
+    cache.slot_positions.copy_(torch.tensor(slot_positions))
+    return cache
+
+
+def test_kv_cache_gives_the_first_free_slots_in_order():
+    cache = cache_with([[0, -1, 1, -1, -1, -1], [-1, -1, -1, -1, -1, -1], [2, 0, 1, -1, 3, -1]])
+    cache.take_free_slots(2)
+    assert cache.slots.tolist() == [[1, 3], [0, 1], [3, 5]]
+
+
+def test_kv_cache_next_tree_takes_the_slots_of_the_picture():
+    cache = cache_with([[0, 1, 2, 3, -1, -1, 4, -1, -1, -1, -1, -1]])
+    cache.take_free_slots(7)
+    assert cache.slots.tolist() == [[4, 5, 7, 8, 9, 10, 11]]
+
+
+def test_kv_cache_gives_slots_that_are_read_only():
+    cache = cache_with([[0, -1, 1, -1, -1, -1]])
+    cache.slots_read = 4
+    cache.take_free_slots(2)
+    key = torch.ones(1, 1, 2, 3)
+    assert cache.slots.tolist() == [[1, 3]]
+    assert cache.update(key, key, 0)[0].shape == (1, 1, 4, 3)
+    assert cache.keys[0].shape == (1, 1, 6, 3)
 
 
 def test_kv_cache_writes_at_its_slots():
-    cache = hydra.TreeCache(9, 10)
-    cache.slots = torch.tensor([[0, 1], [3, 4]])
+    cache = hydra.TreeCache(2, 10, "cpu")
+    cache.slots = torch.tensor([[0, 1], [4, 3]])
     key, value = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 5, dtype=torch.float64)
-    keys, values = cache.update(key, value, 7)
+    keys, values = cache.update(key, value, 7, dict(more=1), further=2)
     assert (keys.shape, values.shape) == ((2, 3, 10, 4), (2, 3, 10, 5))
     assert (keys.dtype, values.dtype) == (torch.float32, torch.float64)
-    assert torch.equal(keys[0, :, :2], key[0]) and torch.equal(values[1, :, 3:5], value[1])
-    assert keys.count_nonzero() == key.numel()
+    assert torch.equal(keys[0, :, :2], key[0]) and torch.equal(values[1, :, [4, 3]], value[1])
+    assert keys.count_nonzero() == key.numel()    # what was never written is zero
     cache.slots = torch.tensor([[2, 3], [5, 6]])  # a later write keeps the earlier one
     keys, _ = cache.update(key + 1, value, 7)
     assert torch.equal(keys[0, :, :4], torch.cat([key[0], key[0] + 1], 1))
-    other, _ = cache.update(key, value, 8)        # and each layer has its own
-    assert not torch.equal(other, keys) and torch.equal(other[0, :, 2:4], key[0])
-    wide = torch.randn(2, 1, 2, 6)                # even if its shape or dtype differs
-    assert cache.update(key.double(), value, 0)[0].dtype == torch.float64
-    assert torch.equal(cache.update(wide, wide, 0)[0][1, :, 5:7], wide[1])
-    assert torch.equal(cache.update(key, value, 7)[0], keys)
 
 
-def kept(cache):
-    """Keys and values (B, H, S, Dh) of each layer."""
-    return list(zip(*(kv.unflatten(0, (cache.together, -1)) for kv in cache.kv.values())))
+def test_kv_cache_has_tensors_for_every_layer():
+    """Layers may differ in heads, width and dtype; each is found under its own number."""
+    cache = hydra.TreeCache(2, 4, "cpu")
+    cache.slots = torch.tensor([[0], [2]])
+    new = [torch.full((2, 1 + layer % 2, 1, 3 + layer), layer + 1.0, dtype=dtype)
+           for layer, dtype in enumerate([torch.float32, torch.float64, torch.bfloat16])]
+    for layer in (2, 0, 1):
+        cache.update(new[layer], -new[layer], layer)
+    for layer, each in enumerate(new):
+        for own, sign in ((cache.keys[layer], 1), (cache.values[layer], -1)):
+            assert (own.dtype, own.shape[1:]) == (each.dtype, (each.shape[1], 4, 3 + layer))
+            written = own[0, :, 0].unique().tolist(), own[1, :, 2].unique().tolist()
+            assert written == ([sign * (layer + 1)],) * 2
+            assert own[0, :, 1:].count_nonzero() == own[1, :, [0, 1, 3]].count_nonzero() == 0
+
+
+def kept(decoder, row):
+    """Keys and values (H, T, Dh) of a row's committed tokens in the order of their positions."""
+    cache = decoder.cache
+    positions = cache.slot_positions[row]
+    order = positions.argsort()[(positions < 0).sum():]
+    assert positions[order].tolist() == list(range(decoder.length[row]))
+    return [(cache.keys[layer][row][:, order], cache.values[layer][row][:, order])
+            for layer in sorted(cache.keys)]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt", "gpt-neox", "gemma3-sliding"])
 def test_kv_cache_after_commits_equals_a_fresh_prefill(name):
     """All layers, the prefix layer among them; the rows accept different numbers of drafts."""
     model, prompts, choices = base(name), random_prompts(5, 6, 1, 9), random_choices(5)
@@ -788,31 +938,60 @@ def test_kv_cache_after_commits_equals_a_fresh_prefill(name):
         accepted |= {count - 1 for count in counts.tolist()}
         for text, row, count in zip(texts, tokens.tolist(), counts.tolist()):
             text += row[:count]
-    assert len(accepted) == NUM_HEADS + 1
-    assert len(kept(decoder.cache)) == 3  # two layers of the base, then the prefix layer
+    assert accepted == set(range(NUM_HEADS + 1))
+    layers = model.config.num_hidden_layers
     for row, text in enumerate(texts):
         committed = text[:-1]  # the last one is the next root
         assert decoder.length[row] == len(committed) and decoder.root[row] == text[-1]
         fresh, _ = decoder_after_prompt(model, heads, [], [committed])
-        theirs = model(torch.tensor([committed]), use_cache=True).past_key_values
-        for layer, kv in enumerate(kept(decoder.cache)):
-            for part, own in enumerate(kv):
-                own = own[row, :, :len(committed)]
-                assert_close(own, kept(fresh.cache)[layer][part][0, :, :len(committed)],
-                             atol=1e-4, rtol=1e-3)
-                if layer < 2:
-                    other = (theirs.layers[layer].keys, theirs.layers[layer].values)[part][0]
-                    assert_close(own, other, atol=1e-4, rtol=1e-3)
+        theirs = model(torch.tensor([committed]), use_cache=True,
+                       past_key_values=transformers.DynamicCache()).past_key_values
+        own = kept(decoder, row)
+        assert len(own) == len(kept(fresh, 0)) == layers + 1  # the last is the prefix layer's
+        for layer, (pair, other) in enumerate(zip(own, kept(fresh, 0))):
+            assert_close(pair, other, atol=1e-4, rtol=1e-3)
+            if layer < layers:
+                other = theirs.layers[layer].keys[0], theirs.layers[layer].values[0]
+                assert_close(pair, other, atol=1e-4, rtol=1e-3)
 
 
-def test_kv_cache_has_tensors_for_every_group_of_layers():
-    cache = hydra.TreeCache(2, 4)
-    cache.slots = torch.tensor([[0], [2]])
-    new = [torch.full((2, 1, 1, 3), layer + 1.0) for layer in range(5)]
-    keys = [cache.update(each, each, layer)[0] for layer, each in enumerate(new)]
-    assert len(cache.kv) == 6  # keys and values of layers 0 and 1, 2 and 3, 4
-    for layer, own in enumerate(keys):
-        assert own[0, :, 0].unique().tolist() == own[1, :, 2].unique().tolist() == [layer + 1]
+@torch.inference_mode()
+def test_kv_cache_never_moves_a_key():
+    model, prompts, choices = base("llama-gqa"), random_prompts(6, 6, 1, 9), random_choices(6)
+    heads = scripted_heads("hydra++", model, prompts, choices)
+    decoder, _ = decoder_after_prompt(model, heads, choices, prompts)
+    cache = decoder.cache
+    for _ in range(10):
+        taken, before = cache.slot_positions >= 0, cache.slot_positions.clone()
+        tensors = [*cache.keys.values(), *cache.values.values()]
+        copies = [tensor.clone() for tensor in tensors]
+        decoder.step()
+        assert torch.equal(cache.slot_positions[taken], before[taken])
+        for tensor, copied in zip(tensors, copies):
+            assert torch.equal(tensor.transpose(1, 2)[taken], copied.transpose(1, 2)[taken])
+        assert all(map(torch.Tensor.is_set_to, tensors, [*cache.keys.values(),
+                                                         *cache.values.values()]))
+
+
+@torch.inference_mode()
+def test_kv_cache_trees_fill_the_holes_of_the_trees_before():
+    """Context and one tree of slots suffice, for what is rejected is free again."""
+    model, prompts = base("llama"), random_prompts(8, 6, 1)
+    heads = scripted_heads("hydra", model, prompts, SEVEN)
+    decoder, _ = decoder_after_prompt(model, heads, SEVEN, prompts)
+    assert decoder.cache.slot_positions.shape == (2, LIMIT + 7)
+    filled = 0
+    while decoder.length.min() < LIMIT:
+        before = decoder.cache.slot_positions.clone()
+        decoder.step()
+        for row, slots in enumerate(decoder.cache.slots.tolist()):
+            free = [slot for slot, position in enumerate(before[row].tolist()) if position < 0]
+            assert slots == free[:7]
+            filled += slots[-1] - slots[0] > 6  # committed slots lie in between
+            last = (decoder.cache.slot_positions[row] >= 0).nonzero().max()
+            assert last < decoder.length[row] + 7  # so a row of n tokens lies in its first n + N
+    assert filled > 20
+    assert [len(kept(decoder, row)[0][0][0]) for row in range(2)] == [LIMIT, LIMIT]
 
 
 # ------------------------------------------------------------------------------- 7 decode loop
@@ -855,13 +1034,14 @@ def committed_kv(model, heads, text):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("case", range(int(os.environ.get("HYDRA_FUZZ_CASES", 60))))
-def test_decode_loop_fuzz_in_float64(case):
-    """Random base, heads, tree, batch, padding, prompts up to a full context, EOS and limits."""
+def test_decode_loop_fuzz_in_float64(case, monkeypatch):
+    """Random base, heads, tree, batch, padding, prompts up to the last place, EOS and limits."""
     chance = random.Random(f"{os.environ.get('HYDRA_FUZZ_SEED', 0)} {case}")
-    names = [name for name in BASES if name != "mixtral"]  # its experts have no float64
-    model, kind = base(chance.choice(names), torch.float64), chance.choice(list(KINDS))
-    limit = chance.choice([12, 24, 48, LIMIT])
-    lengths = [chance.choice([1, 2, 9, limit // 2, limit - 9, limit - 1, limit])
+    experts = "mixtral", "mixtral-sliding", "qwen3-moe-sliding", "gpt-oss-sliding"
+    names = {*BASES, *SLIDING_BASES}.difference(experts)  # which have no float64
+    model = base(chance.choice(sorted(names)), torch.float64)
+    kind, limit = chance.choice(list(KINDS)), chance.choice([12, 24, 48, LIMIT])
+    lengths = [chance.choice([1, 2, 9, limit // 2, limit - 9, limit - 1])
                for _ in range(chance.randint(1, 3))]
     prompts = random_prompts(chance.random(), *lengths)
     choices = random_choices(chance.random(), chance.randint(1, 40))
@@ -870,36 +1050,43 @@ def test_decode_loop_fuzz_in_float64(case):
              else make_heads(kind, model, case))
     tree = hydra.build_tree(choices)
     decoder = hydra.Decoder(model, heads, tree, len(prompts), limit)
+    monkeypatch.setattr(hydra, "CHUNK", chance.choice([1, 4, 11, 512]))
     new, eos = chance.randrange(1, limit), chance.sample(range(VOCAB), chance.randrange(3))
     ids, mask = pad(prompts, chance.choice(["left", "right"]))
-    output = hydra.generate(model, heads, ids, attention_mask=mask, pad_token_id=31,
-                            max_new_tokens=new, eos_token_id=eos, decoder=decoder)
+    output = hydra.decode(decoder, ids, attention_mask=mask, pad_token_id=31, max_new_tokens=new,
+                          eos_token_id=eos)
     assert torch.equal(output.sequences[:, :ids.shape[1]], ids)
     assert assert_greedy(model, prompts, output, new, eos, padding=31, limit=limit) == []
     for row, prompt in enumerate(prompts):
-        assert all(1 <= count <= tree.paths.shape[1] for count in output.emitted[row])
+        assert all(1 <= count <= tree.max_depth + 1 for count in output.emitted[row])
         if drafter:
             steps = heads.accepted(row, len(wanted(model, prompt, new, eos, limit)))
             assert [count - 1 for count in output.emitted[row]][:-1] == steps[:-1]
         text = [*prompt, *continuation(model, prompt, limit)][:decoder.length[row]]
-        layers = committed_kv(model, heads, text) if text else []  # no row had room for a token
-        for kv, layer in zip(kept(decoder.cache), layers):
-            for own, fresh in zip(kv, layer):
-                assert_close(own[row, :, :len(text)], fresh, atol=1e-6, rtol=0)
+        own, fresh = kept(decoder, row), committed_kv(model, heads, text)
+        assert_close(own, fresh, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_decode_loop_stops_where_the_context_ends(name):
-    model, prompts = base(name), random_prompts(9, LIMIT - 3, LIMIT, LIMIT - 20, 1)
+    model, prompts = base(name), random_prompts(9, LIMIT - 3, LIMIT - 1, LIMIT - 20, 1)
     heads = scripted_heads("hydra++", model, prompts, SEVEN, "oracle")
     ids, mask = pad(prompts)
     output = hydra.generate(model, heads, ids, attention_mask=mask, tree=SEVEN, max_new_tokens=500)
-    assert output.sequences.shape == (4, LIMIT + LIMIT - 1)
+    assert output.sequences.shape == (4, LIMIT - 1 + LIMIT - 1)
     assert_greedy(model, prompts, output, LIMIT)
-    assert output.emitted[1] == []
+    assert output.emitted[1] == []  # prefill's token was the last
     # a context smaller than the model's is kept to just as well
     output = hydra.generate(model, heads, ids[3:, :1], tree=SEVEN, max_context=11)
     assert output.sequences.tolist() == [[*prompts[3], *wanted(model, prompts[3], 10)]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decode_loop_refuses_a_prompt_that_fills_the_context_in_any_row(side):
+    model = base("llama")
+    ids, mask = pad(random_prompts(9, 3, LIMIT, 5), side)
+    with pytest.raises(ValueError, match=f"{LIMIT} tokens fill a context of {LIMIT}"):
+        hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -938,12 +1125,53 @@ def test_decode_loop_rows_finish_one_by_one():
     assert all(output.emitted == outputs[0].emitted for output in outputs)
     plain = hydra.generate_plain(model, ids, attention_mask=mask, max_new_tokens=60,
                                  eos_token_id=eos)
-    assert_greedy(model, prompts, plain, 60, eos, padding=min(eos))  # where no pad is named
+    assert_greedy(model, prompts, plain, 60, eos, padding=eos[0])  # where no pad is named
     steps = [count for row in outputs[0].emitted for count in row]
     assert outputs[0].tokens_per_step == sum(steps) / len(steps) > 1
 
 
-@pytest.mark.parametrize("max_new_tokens, steps", [(0, 0), (1, 0), (2, 1)])
+@pytest.fixture
+def configured():
+    """A base that its own generation_config tells where to stop and how to pad."""
+    model = copy.deepcopy(base("llama"))
+    prompts = random_prompts(15, 4, 7, 2)
+    eos = [continuation(model, prompts[0])[3], continuation(model, prompts[1])[17]]
+    return model, prompts, eos
+
+
+@pytest.mark.parametrize("where", ["generate", "decode", "plain"])
+@pytest.mark.parametrize("several", [False, True])
+def test_decode_loop_ends_where_the_models_own_configuration_says(configured, several, where):
+    model, prompts, eos = configured
+    eos = eos[:1 + several]
+    model.generation_config.eos_token_id = eos if several else eos[0]
+    ids, mask = pad(prompts)
+    heads = make_heads("hydra", model)
+    decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 3, LIMIT)
+    run = dict(generate=partial(hydra.generate, model, heads, tree=SEVEN),
+               decode=partial(hydra.decode, decoder), plain=partial(hydra.generate_plain, model))
+    for options, ends in ((dict(), eos), (dict(eos_token_id="model"), eos),
+                          (dict(eos_token_id=None), []), (dict(eos_token_id=eos[0] + 1),
+                                                          [eos[0] + 1])):
+        output = run[where](input_ids=ids, attention_mask=mask, max_new_tokens=40, pad_token_id=9,
+                            **options)
+        assert output.new_tokens == [wanted(model, prompt, 40, ends) for prompt in prompts]
+
+
+@pytest.mark.parametrize("asked, own, eos, padding", [
+    (9, 8, True, 9), (0, 8, True, 0), (None, 8, True, 8), (None, 0, True, 0),
+    (None, None, True, "eos"), (None, 7, False, 7), (None, None, False, 0)])
+def test_decode_loop_pads_with_what_is_asked_for_or_the_models_own(configured, asked, own, eos,
+                                                                   padding):
+    model, prompts, ends = configured
+    model.generation_config.pad_token_id = own
+    ids, mask = pad([*prompts, (1,) * (LIMIT - 3)])  # a row that the context ends early
+    output = hydra.generate_plain(model, ids, attention_mask=mask, max_new_tokens=20,
+                                  pad_token_id=asked, eos_token_id=ends if eos else None)
+    assert set(output.sequences[3, LIMIT:].tolist()) == {ends[0] if padding == "eos" else padding}
+
+
+@pytest.mark.parametrize("max_new_tokens, steps", [(1, 0), (2, 1)])
 def test_decode_loop_few_new_tokens(max_new_tokens, steps):
     model, prompts = base("llama"), random_prompts(17, 3, 3)
     ids, _ = pad(prompts)
@@ -957,8 +1185,9 @@ def test_decode_loop_default_tree_and_plain_decoding():
     model, prompts = base("llama"), random_prompts(19, 3)
     ids, _ = pad(prompts)
     heads = make_heads("hydra", model)
+    assert hydra.choose_tree(heads, None).choices == hydra.build_tree(hydra.MC_SIM_7B_63).choices
     published, own = (hydra.generate(model, heads, ids, tree=tree, max_new_tokens=40)
-                      for tree in (cut_mc_sim(), SEVEN))
+                      for tree in (hydra.MC_SIM_7B_63, SEVEN))
     assert hydra.generate(model, heads, ids, max_new_tokens=40).emitted == published.emitted
     assert hydra.generate(model, heads, ids, tree=hydra.build_tree(SEVEN),
                           max_new_tokens=40).emitted == own.emitted != published.emitted
@@ -968,7 +1197,27 @@ def test_decode_loop_default_tree_and_plain_decoding():
     assert_greedy(model, prompts, plain, 40)
     assert plain.emitted == [[1] * 39] and plain.tokens_per_step == 1
     shallow = make_heads("hydra", model, num_heads=2)  # cut to what the heads can draft
+    assert hydra.choose_tree(shallow, None).choices == [
+        choice for choice in hydra.build_tree(hydra.MC_SIM_7B_63).choices if len(choice) <= 2]
     assert_greedy(model, prompts, hydra.generate(model, shallow, ids, max_new_tokens=40), 40)
+
+
+def test_decode_loop_default_tree_fits_a_small_vocabulary():
+    model = base("llama", vocab_size=8)
+    heads = make_heads("hydra", model)
+    assert hydra.choose_tree(heads, None).choices == [
+        choice for choice in hydra.build_tree(hydra.MC_SIM_7B_63).choices if max(choice) < 8]
+    hydra.generate(model, heads, torch.ones(1, 3, dtype=torch.long), max_new_tokens=5)
+
+
+def test_decode_loop_trees_are_taken_as_they_are():
+    heads = make_heads("hydra", base("llama"))
+    heads.choices = SEVEN
+    tree = hydra.build_tree([[0]])
+    assert hydra.choose_tree(heads, tree) is hydra.choose_tree(None, tree) is tree
+    assert hydra.choose_tree(heads, None).choices == SEVEN
+    assert hydra.choose_tree(heads, [[1]]).choices == [[1]]
+    assert hydra.choose_tree(heads, []).num_nodes == hydra.choose_tree(None, None).num_nodes == 1
 
 
 def test_decode_loop_reads_a_long_prompt_in_chunks():
@@ -992,13 +1241,13 @@ def test_decode_loop_uses_a_decoder_again(kind):
     for prompts, new in zip(batches, (60, 5, 30)):
         ids, mask = pad(prompts)
         options = dict(attention_mask=mask, max_new_tokens=new)
-        again = hydra.generate(model, heads, ids, decoder=decoder, **options)
+        again = hydra.decode(decoder, ids, **options)
         fresh = hydra.generate(model, heads, ids, tree=SEVEN, **options)
         assert_greedy(model, prompts, again, new)
         assert torch.equal(again.sequences, fresh.sequences) and again.emitted == fresh.emitted
-        assert again.tree is decoder.tree
-    with pytest.raises(ValueError, match=f"{LIMIT + 1} tokens"):
-        hydra.generate(model, heads, torch.ones(2, LIMIT + 1, dtype=torch.long), decoder=decoder)
+    with pytest.raises(ValueError, match=f"{LIMIT} tokens fill a context of {LIMIT}"):
+        hydra.decode(decoder, torch.ones(2, LIMIT, dtype=torch.long))
+    assert torch.equal(hydra.decode(decoder, ids, **options).sequences, fresh.sequences)
 
 
 def live_tensors():
@@ -1014,8 +1263,9 @@ def test_decode_loop_leaves_nothing_behind_after_200_generations():
                     max_new_tokens=8, pad_token_id=0, eos_token_id=None)
     text, counted = plain(), []
     for _ in range(4):
-        for options in [dict(decoder=decoder), dict(tree=SEVEN)] * 25:
-            hydra.generate(model, heads, ids, max_new_tokens=4, **options)
+        for _ in range(25):
+            hydra.decode(decoder, ids, max_new_tokens=4)
+            hydra.generate(model, heads, ids, tree=SEVEN, max_new_tokens=4)
         counted.append(live_tensors())
     assert counted == counted[:1] * 4 and torch.equal(plain(), text)
 
@@ -1024,8 +1274,7 @@ def test_decode_loop_leaves_nothing_behind_after_200_generations():
 def test_decode_loop_frees_a_decoder_at_once(device):
     model = base("llama", device=device)
     decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 1, 40)
-    hydra.generate(model, decoder.heads, torch.ones(1, 5, dtype=torch.long, device=device),
-                   max_new_tokens=20, decoder=decoder)
+    hydra.decode(decoder, torch.ones(1, 5, dtype=torch.long, device=device), max_new_tokens=20)
     still_there = weakref.ref(decoder)
     del decoder
     assert not still_there()
@@ -1136,9 +1385,10 @@ def test_decode_loop_step_reads_nothing_back(accept):
     model = base("llama-gqa", device="meta")
     rule = hydra.choose_acceptance(accept, 1.0, 0.09, 0.3)
     decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 2, LIMIT, rule)
-    decoder.prefill(torch.ones(2, 5, dtype=torch.long, device="meta"))
-    tokens, counts = decoder.step()
-    assert tokens.is_meta and (tokens.shape, counts.shape) == ((2, 4), (2,))
+    decoder.max_length = 5  # prefill looks at the prompts' lengths, once
+    for _ in range(2):
+        tokens, counts = decoder.step()
+        assert tokens.is_meta and (tokens.shape, counts.shape) == ((2, 4), (2,))
 
 
 def test_decode_loop_in_bfloat16():
@@ -1155,14 +1405,19 @@ def test_decode_loop_in_bfloat16():
     (dict(input_ids=torch.zeros(0, 3, dtype=torch.long)), "the prompt is empty"),
     (dict(attention_mask=torch.ones(2, 4)), "same shape"), (dict(max_context=0), f"in 1 .. {LIMIT}"),
     (dict(attention_mask=torch.ones(3)), "same shape"),
-    (dict(input_ids=torch.ones(3, dtype=torch.long)), "every row"),
+    (dict(input_ids=torch.ones(3, dtype=torch.long)), "same shape"),
     (dict(input_ids=torch.ones(1, LIMIT + 1, dtype=torch.long)), rf"{LIMIT + 1} tokens.*{LIMIT}"),
+    (dict(input_ids=torch.ones(1, LIMIT, dtype=torch.long)), rf"{LIMIT} tokens.*{LIMIT}: shorten"),
     (dict(max_context=2), "3 tokens.*2"), (dict(max_context=LIMIT + 1), f"max_context.*{LIMIT}"),
-    (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
+    (dict(max_context=3), "3 tokens fill a context of 3"),
+    (dict(max_new_tokens=0), "max_new_tokens=0 must be 1 or more"),
+    (dict(max_new_tokens=-1), "max_new_tokens=-1 must be 1 or more"),
+    (dict(max_new_tokens=-9), "max_new_tokens=-9 must be 1 or more"),
+    (dict(temperature=-0.5), "temperature.*-0.5"),
     (dict(temperature=math.inf), "temperature"), (dict(temperature=math.nan), "temperature"),
     (dict(epsilon=0), "epsilon"), (dict(epsilon=1.5), "epsilon"), (dict(delta=0.0), "delta"),
     (dict(delta=-1), "delta"), (dict(accept="beam"), "beam"), (dict(tree=[[0], [1, 0]]), "parent"),
-    (dict(tree=[[0], [VOCAB]]), f"rank {VOCAB} of {VOCAB} tokens"),
+    (dict(tree=[[0], [VOCAB]]), f"{VOCAB} tokens are fewer than {VOCAB + 1} guesses"),
     (dict(tree=[[0] * depth for depth in range(1, 6)]), "5 deep.*4 draft heads"),
     (dict(streamer=Recorder()), "single prompt")])
 def test_decode_loop_says_what_is_wrong(options, message):
@@ -1173,16 +1428,18 @@ def test_decode_loop_says_what_is_wrong(options, message):
 
 def test_decode_loop_refuses_heads_of_another_base():
     model, other = base("llama"), base("llama", vocab_size=VOCAB + 8)
-    with pytest.raises(ValueError, match=r"\(40, 32\).*\(32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(32, 32\).*\(40, 32\)"):
         hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("eos", [3, [3], (3, 5), {3, 5}, torch.tensor([3])])
-def test_decode_loop_takes_eos_in_any_form(eos):
+@pytest.mark.parametrize("eos, ids", [
+    (3, {3}), ([3], {3}), ((3, 5), {3, 5}), ([], set()), (np.int64(3), {3}),
+    (np.array([5, 3]), {3, 5}), (torch.tensor(3), {3}), (torch.tensor([3, 5]), {3, 5}),
+    (torch.tensor([[3, 5]]), {3, 5}), (torch.tensor([3], dtype=torch.int32), {3})])
+def test_decode_loop_takes_eos_in_any_form(eos, ids):
     model = base("llama")
     output = hydra.generate_plain(model, torch.tensor([[1, 2]]), max_new_tokens=40,
                                   eos_token_id=eos)
-    ids = {3} if isinstance(eos, int) or len(eos) == 1 else {3, 5}
     assert output.new_tokens[0] == wanted(model, (1, 2), 40, ids)
 
 
@@ -1219,49 +1476,72 @@ def test_decode_loop_reads_the_text_model_of_a_base_with_pictures(kind):
     model, prompts = with_pictures(), [(1, 2, 3), (4, 5, 6, 7, 8)]
     ids, mask = pad(prompts, "left")
     output = hydra.generate(model, make_heads(kind, model), ids, attention_mask=mask,
-                            max_new_tokens=40)
+                            max_new_tokens=40, eos_token_id=None)
     assert_greedy(model, prompts, output, 40)
     with pytest.raises(ValueError, match=f"must lie in 1 .. {LIMIT}"):
         hydra.generate_plain(model, ids, attention_mask=mask, max_context=LIMIT + 1)
 
 
-def test_decode_loop_refuses_a_base_that_cannot_read_a_tree():
-    alibi = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4,
-        alibi=True))
-    stateful = transformers.AutoModelForCausalLM.from_config(transformers.MambaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
-    mpt = transformers.AutoModelForCausalLM.from_config(transformers.MptConfig(
-        vocab_size=VOCAB, d_model=WIDTH, n_layers=1, n_heads=4, max_seq_len=64))  # ALiBi inside
-    narrow = base("mistral", sliding_window=8)
-    scaled = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, rope_parameters=dict(
-            rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
-            original_max_position_embeddings=10)))
-    flex = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(base("llama").config),
-                                                         attn_implementation="flex_attention")
-    conv = transformers.AutoModelForCausalLM.from_config(transformers.Lfm2Config(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
+def test_decode_loop_reads_the_window_of_a_base_with_pictures():
+    model, prompts = with_pictures(sliding_window=WINDOW), random_prompts(5, 3, 15)
+    ids, mask = pad(prompts, "left")
+    output = hydra.generate(model, make_heads("hydra++", model), ids, attention_mask=mask,
+                            max_new_tokens=40, eos_token_id=None)
+    assert_greedy(model, prompts, output, 40)
+
+
+TINY = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_attention_heads=4, intermediate_size=48)
+LLAMA_LIKE = TINY | dict(num_hidden_layers=2, num_key_value_heads=2)
+UNREADABLE = {
+    "alibi": ("FalconConfig", dict(TINY, num_hidden_layers=1, alibi=True), "alibi"),
+    "mamba": ("MambaConfig", dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1,
+                                  state_size=4), "cannot read this tree"),
+    "jamba": ("JambaConfig", dict(  # layers with a running state between layers of attention
+        LLAMA_LIKE, num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4,
+        use_mamba_kernels=False), "cannot read this tree"),
+    "recurrent gemma": ("RecurrentGemmaConfig", dict(
+        LLAMA_LIKE, num_hidden_layers=3, lru_width=WIDTH), "cannot read this tree"),
+    "mpt": ("MptConfig", dict(vocab_size=VOCAB, d_model=WIDTH, n_layers=1, n_heads=4,
+                              max_seq_len=64), "position_ids"),  # alibi inside
+    "conv": ("Lfm2Config", dict(LLAMA_LIKE, layer_types=["conv", FULL]), "conv"),
+    "chunked": ("Llama4TextConfig", dict(LLAMA_LIKE, num_local_experts=2, head_dim=8),
+                "chunked_attention"),
+    "indexed": ("DeepseekV32Config", dict(LLAMA_LIKE, num_key_value_heads=4),
+                "indexed_attention"),  # an indexer keeps a cache of its own
+    "sparse": ("BigBirdConfig", dict(TINY, num_hidden_layers=1, is_decoder=True), "at random"),
+    "first gpt": ("OpenAIGPTConfig", dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=4),
+                  "past_key_values"),  # keeps no cache
+    "longrope": ("LlamaConfig", dict(LLAMA_LIKE, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+        original_max_position_embeddings=10)), "window of 10"),
+    "doge": ("DogeConfig", dict(LLAMA_LIKE, keep_window_size=10), "window of 10"),
+    "gpt-neo": ("GPTNeoConfig", dict(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=2, num_heads=4,
+                                     attention_types=[[["global", "local"], 1]], window_size=10),
+                "window of 10"),
+}
+
+
+@pytest.mark.parametrize("config, settings, message", UNREADABLE.values(), ids=UNREADABLE)
+def test_decode_loop_refuses_a_base_that_cannot_read_a_tree(config, settings, message):
+    config = getattr(transformers, config)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
+
+
+@pytest.mark.parametrize("attention", ["flex_attention"])
+def test_decode_loop_refuses_attention_that_takes_no_mask_of_numbers(attention):
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(base("llama").config),
+                                                          attn_implementation=attention)
+    with pytest.raises(ValueError, match="load it with sdpa attention"):
+        hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
+
+
+def test_decode_loop_refuses_an_encoder_with_a_decoder():
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
-    sparse = transformers.AutoModelForCausalLM.from_config(transformers.BigBirdConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, is_decoder=True))
-    gpt = transformers.AutoModelForCausalLM.from_config(transformers.OpenAIGPTConfig(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=4))  # the first GPT keeps no cache
-    indexed = copy.deepcopy(base("llama"))
-    indexed.config.index_topk = 8  # as DeepSeek V3.2: an indexer keeps a cache of its own
-    for model, message in ((alibi, "alibi"), (stateful, "stateful"), (mpt, "position_ids"),
-                           (narrow, "window of 8"), (scaled, "window of 10"), (flex, "flex"),
-                           (with_pictures(sliding_window=8), "window of 8"), (conv, "conv"),
-                           (t5, "is_encoder_decoder"), (sparse, "num_random_blocks"),
-                           (indexed, "index_topk"), (gpt, "past_key_values")):
-        with pytest.raises(ValueError, match=message):
-            hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
-    ids = torch.ones(1, 4, dtype=torch.long)
-    assert hydra.generate_plain(narrow, ids, max_new_tokens=3).sequences.shape == (1, 7)
+    with pytest.raises(ValueError, match="t5 cannot read this tree"):
+        hydra.generate_plain(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=9)
 
 
 def test_decode_loop_prefix_layer_keeps_off_the_layers_of_gpt_neo():
@@ -1277,13 +1557,6 @@ def test_decode_loop_prefix_layer_keeps_off_the_layers_of_gpt_neo():
     assert torch.equal(output.sequences, plain)
 
 
-def test_draft_heads_in_half_precision_keep_the_frequencies_of_their_positions():
-    model = base("llama", torch.bfloat16)
-    heads = make_heads("hydra++", model)
-    assert heads.prefix_embeding_layer.rotary_emb.inv_freq.dtype == torch.float32
-    assert {weight.dtype for weight in heads.parameters()} == {torch.bfloat16}
-
-
 def test_decode_loop_outside_of_generate_keeps_no_autograd_graph():
     model = base("llama").requires_grad_(True)
     decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree([[0]]), 1, 20)
@@ -1293,7 +1566,7 @@ def test_decode_loop_outside_of_generate_keeps_no_autograd_graph():
 
 
 @torch.inference_mode()
-def test_decode_loop_reads_live_slots_only():
+def test_decode_loop_reads_no_more_slots_than_needed():
     """Attention reads 512, 1024, ... slots, as many as the longest running row needs."""
     model, read = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3), []
     prompts, heads = random_prompts(41, 240, 90), make_heads("hydra++", base("llama-gqa"))
@@ -1301,57 +1574,113 @@ def test_decode_loop_reads_live_slots_only():
     run = decoder.run
 
     def recorded(decoder, tree):
-        read.append((decoder.cache.live, int(decoder.length.max()) + tree.num_nodes))
-        return run(decoder, tree)
+        result = run(decoder, tree)
+        needed = (decoder.cache.slot_positions >= 0).nonzero()[:, 1].max() + 1
+        read.append((decoder.cache.slots_read, int(needed)))
+        return result
 
     decoder.run = recorded
     ids, mask = pad(prompts, "left")
-    output = hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=300,
-                            decoder=decoder)
-    assert_greedy(model, prompts, output, 300, limit=1200)
-    assert sorted({live for live, _ in read}) == [512, 707]
-    assert all(needed <= live <= max(512, 2 * needed) for live, needed in read)
-    decoder.prefill(torch.ones(2, 3, dtype=torch.long))
-    lives = [decoder.cache.live for _ in range(150) if decoder.step()]  # by hand: 4 tokens at most
-    assert lives == [512] * 125 + [707] * 25
+    output = hydra.decode(decoder, ids, attention_mask=mask, max_new_tokens=300)
+    assert_greedy(model, prompts, output, 300, limit=700)
+    assert sorted({slots for slots, _ in read}) == [512, 707]
+    assert all(needed <= slots <= max(512, 2 * needed + 14) for slots, needed in read)
 
 
 @torch.inference_mode()
-def test_decode_loop_records_each_bucket_once_and_loses_no_state(monkeypatch):
-    """The way of a CUDA graph, on any machine: what is recorded runs in replays, and only there."""
+def test_decode_loop_stepped_by_hand_knows_how_long_a_row_may_be():
+    """Without a look at the counts a row is taken to grow by a whole path in every step."""
+    model = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3)
+    decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree(SEVEN), 2, 700)
+    decoder.prefill(torch.ones(2, 3, dtype=torch.long))
+    read = [decoder.cache.slots_read for _ in range(150) if decoder.step()]
+    assert read == [512] * 126 + [707] * 24  # 3 + 4 * 125 + 7 = 510
+    assert decoder.max_length == 3 + 4 * 150
+    decoder.step(100)
+    assert (decoder.cache.slots_read, decoder.max_length) == (512, 104)
+
+
+@pytest.mark.parametrize("max_length, context, slots_read", [
+    (1, 2000, 512), (505, 2000, 512), (506, 2000, 1024), (1017, 2000, 1024), (1018, 2000, 2007),
+    (5, 20, 27), (505, 505, 512), (506, 506, 513)])
+def test_decode_loop_slots_read_are_a_power_of_two_or_all(max_length, context, slots_read):
+    model = base("llama", max_position_embeddings=2000)
+    decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree(SEVEN), 1, context)
+    decoder.max_length = max_length  # and 7 nodes
+    assert decoder.choose_slots_read() == decoder.cache.slots_read == slots_read
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """CUDA graphs for any machine: what is recorded is undone, and happens in replays only.
+
+    Lists (what happened, slots read); decoder says whose steps they are.
+    """
+    log = SimpleNamespace(recorded=[], replayed=[], decoder=None)
+
     class Graph:
         def replay(self):
-            replays.append(decoder.cache.live)
-            for place, new in zip(self.result, decoder.run(decoder, decoder.tree)):
-                place.copy_(new)
+            decoder = log.decoder
+            log.replayed.append(decoder.cache.slots_read)
+            _, result = decoder.graphs[decoder.cache.slots_read]
+            for old, new in zip(result, decoder.run(decoder, decoder.tree)):
+                old.copy_(new)
 
     @contextlib.contextmanager
     def record(graph):
-        held = decoder.length, decoder.root, decoder.hidden, *decoder.cache.kv.values()
+        decoder, cache = log.decoder, log.decoder.cache
+        held = [decoder.length, decoder.root, decoder.hidden, cache.slot_positions,
+                *cache.keys.values(), *cache.values.values()]
         before = [part.clone() for part in held]
-        recorded.append(decoder.cache.live)
+        log.recorded.append(cache.slots_read)
         yield
         for part, old in zip(held, before):
             part.copy_(old)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    recorded, replays = [], []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    return log
+
+
+def test_decode_loop_records_one_graph_for_each_number_of_slots(cuda_graphs):
     model = base("llama-gqa", max_position_embeddings=1200, initializer_range=0.3)
     decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 2, 700,
                             cuda_graph=True)
+    cuda_graphs.decoder = decoder
     for lengths, new in (([505, 9], 2), ([440, 9], 200), ([1, 4], 30), ([513, 512], 60)):
         prompts = random_prompts(47, *lengths)
         ids, mask = pad(prompts, "left")
-        output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=new,
-                                decoder=decoder)
-        assert_greedy(model, prompts, output, new, limit=1200)
-        assert recorded == [512] or new > 2  # prefill and first step are of one bucket
-    assert recorded == [512, 707] == list(decoder.graphs) and set(replays) == {512, 707}
+        output = hydra.decode(decoder, ids, attention_mask=mask, max_new_tokens=new)
+        assert_greedy(model, prompts, output, new, limit=700)
+        assert cuda_graphs.recorded == [512] or new > 2  # by prefill, for the first step
+    assert cuda_graphs.recorded == [512, 707] == list(decoder.graphs)
+    assert set(cuda_graphs.replayed) == {512, 707}
 
 
-def test_decode_loop_without_a_cuda_graph_where_recording_fails(monkeypatch):
-    """One line says so, and the steps go on without."""
+@torch.inference_mode()
+def test_decode_loop_warms_up_without_a_trace(cuda_graphs):
+    """After prefill all is as if no step had been taken to compile or record it."""
+    model, prompts = base("llama-gqa"), random_prompts(48, 9, 4)
+    heads = scripted_heads("hydra++", model, prompts, SEVEN)
+    decoders = [hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 2, LIMIT, cuda_graph=recorded)
+                for recorded in (True, False)]
+    cuda_graphs.decoder = decoders[0]
+    for _ in range(2):  # the second time there is a text before
+        results = [decoder.prefill(*pad(prompts)) for decoder in decoders]
+        for steps in range(5):
+            for name in ("length", "root", "hidden"):
+                assert torch.equal(*(getattr(decoder, name) for decoder in decoders))
+            assert torch.equal(*(decoder.cache.slot_positions for decoder in decoders))
+            assert decoders[0].max_length == decoders[1].max_length
+            for row in range(2):
+                assert_close(*(kept(decoder, row) for decoder in decoders))
+            assert all(map(torch.equal, *results))
+            results = [decoder.step() for decoder in decoders]
+    assert cuda_graphs.recorded == [LIMIT + 7]
+
+
+def test_decode_loop_names_the_option_where_no_graph_can_be_recorded(monkeypatch):
     @contextlib.contextmanager
     def record(graph):
         yield
@@ -1359,34 +1688,61 @@ def test_decode_loop_without_a_cuda_graph_where_recording_fails(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "graph", record)
-    model, prompts = base("llama"), random_prompts(51, 4, 7)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="no CUDA graph.*--no-cuda-graph: it asked the host"):
+        hydra.generate(model, make_heads("hydra", model), ids, cuda_graph=True)
+
+
+@pytest.mark.parametrize("lengths", [(11,), (3, 11, 1), (4, 8)])
+def test_decode_loop_prefill_computes_no_logits(lengths, monkeypatch):
+    monkeypatch.setattr(hydra, "CHUNK", 4)
+    model, prompts, seen = base("llama-gqa"), random_prompts(67, *lengths), []
+    decoder = hydra.Decoder(model, None, hydra.build_tree([]), len(lengths), LIMIT)
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    decoder.prefill(*pad(prompts))
+    hook.remove()
+    assert seen == [(len(lengths), 1, VOCAB)]  # those of the first step
+
+
+@pytest.mark.parametrize("kind", ["hydra", "hydra++"])
+@pytest.mark.parametrize("name", SLIDING_BASES)
+def test_decode_loop_greedy_with_a_sliding_window_equals_generate(name, kind):
+    """Windows slide over prompt and text, inside the tree and over slots in any order."""
+    model, prompts, new = base(name), random_prompts(7, 1, 8, 23), 36
+    wide = base(name, sliding_window=LIMIT)
+    assert wanted(model, prompts[2], new) != wanted(wide, prompts[2], new)  # it matters here
     ids, mask = pad(prompts, "left")
-    with pytest.warns(UserWarning, match="no CUDA graph.*: it asked the host") as warned:
-        output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask,
-                                max_new_tokens=40, cuda_graph=True)
-    assert len(warned) == 1
-    assert_greedy(model, prompts, output, 40)
+    heads = scripted_heads(kind, model, prompts, cut_mc_sim())
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=cut_mc_sim(),
+                            max_new_tokens=new)
+    tied = assert_greedy(model, prompts, output, new)
+    for row in {0, 1, 2}.difference(tied):
+        assert [count - 1 for count in output.emitted[row]] == heads.accepted(row, new)
+    assert sum(count - 1 for row in output.emitted for count in row) > 50
 
 
-def test_decode_loop_stops_where_stopping_criteria_say():
-    """Of transformers: they see each row's prompt and new tokens, after every token."""
-    model, prompts = base("llama"), random_prompts(43, 4, 7)
+@pytest.mark.parametrize("chunk", [3, 8, WINDOW, 16])
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3-sliding"])
+def test_decode_loop_a_window_reaches_over_the_chunks_of_a_prompt(name, chunk, monkeypatch):
+    monkeypatch.setattr(hydra, "CHUNK", chunk)
+    model, prompts = base(name), random_prompts(8, 40, 5, 29)
     ids, mask = pad(prompts, "left")
-    seen = []
+    heads = scripted_heads("hydra++", model, prompts, SEVEN)
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=SEVEN, max_new_tokens=36)
+    assert_greedy(model, prompts, output, 36)
 
-    class Stop(transformers.StoppingCriteria):
-        def __call__(self, input_ids, scores, **_):
-            seen.append(input_ids[0].tolist())
-            return torch.tensor([input_ids[0, -1] % 5 == 0])
 
-    output = hydra.generate(model, make_heads("hydra", model), ids, attention_mask=mask,
-                            max_new_tokens=40, stopping_criteria=transformers.StoppingCriteriaList([
-                                Stop()]))
-    for row, prompt in enumerate(prompts):
-        text = wanted(model, prompt, 40)
-        length = next((k for k, token in enumerate(text, 1) if token % 5 == 0), 40)
-        assert output.new_tokens[row] == text[:length]
-        assert [*ids[row].tolist(), *text[:1]] in seen
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["mistral-sliding", "gemma3-sliding"])
+def test_decode_loop_a_window_reaches_over_no_padding(name, side):
+    """Far more columns than slots: positions are counted without padding."""
+    model, prompts = base(name), random_prompts(9, 14, 3)
+    ids, mask = (x[:2] for x in pad([*prompts, (0,) * 150], side))
+    heads = scripted_heads("hydra++", model, prompts, SEVEN)
+    output = hydra.generate(model, heads, ids, attention_mask=mask, tree=SEVEN, max_new_tokens=30,
+                            max_context=44)
+    assert output.new_tokens == [wanted(model, prompt, 30) for prompt in prompts]
 
 
 def test_decode_loop_takes_a_rule_of_ones_own():
@@ -1399,7 +1755,7 @@ def test_decode_loop_takes_a_rule_of_ones_own():
 
 @needs_cuda
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "qwen3", "mistral-sliding", "gemma3-sliding"])
 def test_decode_loop_cuda_greedy_equals_generate(name, kind):
     model, prompts = base(name, device="cuda"), random_prompts(33, 5, 1, 12)
     ids, mask = pad(prompts, "left", "cuda")
@@ -1427,8 +1783,7 @@ def test_decode_loop_cuda_records_one_graph_for_all_prompts():
     for seed, new in ((37, 60), (38, 5), (39, 30)):
         prompts = random_prompts(seed, 9, seed - 30)
         ids, mask = pad(prompts, "left", "cuda")
-        output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=new,
-                                decoder=decoder)
+        output = hydra.decode(decoder, ids, attention_mask=mask, max_new_tokens=new)
         assert_greedy(model, prompts, output, new)
         graphs.append(dict(decoder.graphs))
     assert len(graphs[0]) == 1 and graphs == graphs[:1] * 3
@@ -1437,15 +1792,14 @@ def test_decode_loop_cuda_records_one_graph_for_all_prompts():
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compile", [False, True])
-def test_decode_loop_cuda_buckets_change_in_mid_generation(compile, dtype):
+def test_decode_loop_cuda_slots_read_change_in_mid_text(compile, dtype):
     model = base("llama-gqa", dtype, "cuda", max_position_embeddings=1200, initializer_range=0.3)
     decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 2, 1100,
                             compile=compile)
     for seed in (41, 42):  # the second time every graph is there
         prompts = random_prompts(seed, 200, 90)
         ids, mask = pad(prompts, "left", "cuda")
-        output = hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=400,
-                                decoder=decoder)
+        output = hydra.decode(decoder, ids, attention_mask=mask, max_new_tokens=400)
         assert_greedy(model, prompts, output, 400, limit=1100)
         assert list(decoder.graphs) == [512, 1024]
 
@@ -1464,29 +1818,41 @@ def test_decode_loop_cuda_graph_draws_anew_in_every_replay():
 
 
 @needs_cuda
+@pytest.mark.parametrize("length, new", [(3, 60), (490, 120)])  # the second reads 512 slots, then all
+@pytest.mark.parametrize("accept", ["sampling", "greedy"])
+def test_decode_loop_cuda_graph_writes_what_steps_without_it_write(accept, length, new):
+    model = base("llama-gqa", device="cuda", max_position_embeddings=1200, initializer_range=0.05)
+    heads, texts = make_heads("hydra++", model), []
+    ids = torch.tensor(random_prompts(54, *[length] * 4), device="cuda")
+    for cuda_graph in (True, False, True):
+        torch.manual_seed(7)
+        decoder = hydra.Decoder(model, heads, hydra.build_tree(SEVEN), 4, 700, cuda_graph=cuda_graph,
+                                accept=hydra.choose_acceptance(accept, 1.0, 0.09, 0.3))
+        for _ in range(2):  # the second text is replayed from its first step on
+            texts.append(hydra.decode(decoder, ids, max_new_tokens=new).new_tokens)
+        assert len(decoder.graphs) == cuda_graph * (1 + (length > 400))
+    assert texts[0:2] == texts[2:4] == texts[4:6]
+    assert (texts[0] == texts[1]) == (accept == "greedy")
+
+
+def asking(tokens, logits, tree):
+    """A rule that lets the host wait for the GPU, which no graph can hold."""
+    assert tokens.min().item() >= 0
+    return hydra.accept_sampling(tokens, logits, tree, temperature=1.0)
+
+
+@needs_cuda
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_decode_loop_cuda_steps_without_a_graph_where_recording_fails(name):
+def test_decode_loop_cuda_names_the_option_where_no_graph_can_be_recorded(name):
     model, prompts = base(name, device="cuda"), random_prompts(53, 5, 9)
     ids, mask = pad(prompts, "left", "cuda")
-
-    def asking(tokens, logits, tree):
-        assert tokens.min().item() >= 0  # the host waits for the GPU, which no graph can hold
-        return hydra.accept_greedy(tokens, logits, tree)
-
-    def drawing(tokens, logits, tree):
-        asking(tokens, logits, tree)
-        return hydra.accept_sampling(tokens, logits, tree, temperature=1.0)
-
     heads, texts = make_heads("hydra", model), []
-    with pytest.warns(UserWarning, match="no CUDA graph"):
-        output = hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=40,
-                                accept=asking)
-    assert_greedy(model, prompts, output, 40)
-    for seed in (1, 1, 2):  # random numbers go on, from the seed
+    options = dict(attention_mask=mask, max_new_tokens=40, accept=asking)
+    with pytest.raises(ValueError, match="no CUDA graph.*--no-cuda-graph"):
+        hydra.generate(model, heads, ids, **options)
+    for seed in (1, 1, 2):  # and with the option all is well, random numbers included
         torch.manual_seed(seed)
-        with pytest.warns(UserWarning, match="no CUDA graph"):
-            texts.append(hydra.generate(model, heads, ids, attention_mask=mask, max_new_tokens=40,
-                                        accept=drawing).new_tokens)
+        texts.append(hydra.generate(model, heads, ids, cuda_graph=False, **options).new_tokens)
         assert not torch.equal(*torch.rand(2, 9, device="cuda"))
     assert texts[0] == texts[1] != texts[2]
 
@@ -1525,32 +1891,35 @@ def test_decode_loop_reads_a_long_prompt_after_a_short_one():
 
 def test_decode_loop_refuses_heads_of_another_width():
     model, other = base("llama"), base("llama", hidden_size=16)
-    with pytest.raises(ValueError, match=r"\(32, 16\).*\(32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(32, 32\).*\(32, 16\)"):
         hydra.generate(model, make_heads("hydra", other), torch.ones(1, 3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size", "window_size",
-                                  "floor_scale", "keep_window_size"])
-def test_decode_loop_keeps_context_and_tree_within_any_window(name):
+@pytest.mark.parametrize("settings", [
+    dict(window_size=8), dict(keep_window_size=8), dict(rope_parameters=dict(
+        rope_type="longrope", original_max_position_embeddings=8))], ids=lambda part: [*part][0])
+def test_decode_loop_keeps_context_and_tree_within_windows_of_other_kinds(settings):
     model = copy.deepcopy(base("llama"))
-    setattr(model.config, name, 8)
+    vars(model.config).update(settings)
     hydra.check_fit(model, None, hydra.build_tree([]), 7)
-    with pytest.raises(ValueError, match="window of 8"):
+    with pytest.raises(ValueError, match="context and tree exceed a window of 8"):
         hydra.check_fit(model, None, hydra.build_tree([]), 8)  # and a root
 
 
-@pytest.mark.parametrize("kind", ["linear_attention", "conv", "mamba"])
-def test_decode_loop_refuses_layers_with_a_state(kind):
+@pytest.mark.parametrize("kind", ["linear_attention", "conv", "mamba", "hybrid",
+                                  "chunked_attention", "indexed_attention", "hybrid_sliding",
+                                  "compressed_sparse_attention", "minimax_m3_sparse"])
+def test_decode_loop_refuses_layers_of_other_types(kind):
     model = copy.deepcopy(base("llama"))
-    model.config.layer_types = [kind, "full_attention"]
-    with pytest.raises(ValueError, match=kind):
+    model.config.layer_types = [kind, FULL]
+    with pytest.raises(ValueError, match=f"layers of type {{'{kind}'}}"):
         hydra.check_fit(model, None, hydra.build_tree([]), 8)
 
 
 def test_decode_loop_refuses_an_odd_text_model_of_a_base_with_pictures():
     model = with_pictures()
-    model.config.get_text_config().index_topk = 8
-    with pytest.raises(ValueError, match="index_topk"):
+    model.config.get_text_config().layer_types = ["indexed_attention"] * 3
+    with pytest.raises(ValueError, match="indexed_attention"):
         hydra.check_fit(model, None, hydra.build_tree([]), 8)
 
 
@@ -1566,27 +1935,41 @@ def test_decode_loop_check_fit_at_its_bounds():
 def test_decode_loop_refuses_a_decoder_for_another_batch():
     model = base("llama")
     decoder = hydra.Decoder(model, None, hydra.build_tree([]), 2, LIMIT)
-    with pytest.raises(ValueError, match="batch size"):
-        hydra.generate(model, None, torch.ones(1, 3, dtype=torch.long), decoder=decoder)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=r"must have the same shape, \(2, T\)"):
+            hydra.decode(decoder, torch.ones(rows, 3, dtype=torch.long))
+
+
+def test_decode_loop_steps_after_a_prefill_only():
+    decoder = hydra.Decoder(base("llama"), None, hydra.build_tree([]), 1, LIMIT)
+    with pytest.raises(ValueError, match="prefill comes before the first step"):
+        decoder.step()
 
 
 def test_decode_loop_reads_fewer_slots_once_the_longest_row_is_done():
     model = base("llama", max_position_embeddings=1200, initializer_range=0.3)
     decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree(SEVEN), 2, 603)
-    ids, mask = pad(random_prompts(65, 600, 5))  # room for 3 tokens behind the first
-    hydra.generate(model, decoder.heads, ids, attention_mask=mask, max_new_tokens=40,
-                   decoder=decoder)
-    assert decoder.cache.live == 512
+    prompts = random_prompts(65, 600, 5)  # room for 3 tokens behind the first
+    ids, mask = pad(prompts)
+    output = hydra.decode(decoder, ids, attention_mask=mask, max_new_tokens=40)
+    assert decoder.cache.slots_read == 512
+    assert output.new_tokens == [wanted(model, prompts[0], 40, limit=603),
+                                 wanted(model, prompts[1], 40, limit=603)]
 
 
-def test_decode_loop_output_counts_and_keeps_the_dtype():
+def test_decode_loop_cache_has_a_slot_for_each_token_and_node():
     model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
-    heads = make_heads("hydra++", model)
-    output = hydra.generate(model, heads, ids, tree=SEVEN, max_new_tokens=0)
-    assert output.sequences.dtype == ids.dtype and output.tokens_per_step == 0
-    output = hydra.generate(model, heads, ids, tree=SEVEN, max_new_tokens=10)
-    slots, floats = 3 + 10 + 7, 3 * 2 * 2 * WIDTH  # layers, keys and values, rows, D
-    assert output.cache_bytes == slots * floats * 4
+    decoder = hydra.Decoder(model, make_heads("hydra++", model), hydra.build_tree(SEVEN), 2, 13)
+    hydra.decode(decoder, ids, max_new_tokens=10)
+    tensors = [*decoder.cache.keys.values(), *decoder.cache.values.values()]
+    slots, floats = 13 + 7, 3 * 2 * 2 * WIDTH  # layers, keys and values, rows, D
+    assert sum(tensor.numel() for tensor in tensors) == slots * floats
+
+
+def test_decode_loop_output_keeps_the_dtype():
+    ids = torch.ones(2, 3, dtype=torch.int32)
+    output = hydra.generate_plain(base("llama"), ids, max_new_tokens=1)
+    assert output.sequences.dtype == torch.int32 and output.tokens_per_step == 0
 
 
 def test_decode_loop_hidden_state_keeps_the_dtype_of_the_base():
