@@ -7,7 +7,8 @@ cheap draft heads, verifies the whole tree in one forward pass of the base model
 longest path that the base model agrees with. Every decode step does the same:
 
     root   = the token that the base model has chosen but not yet read
-    hidden = the base model's last hidden state, the one that predicted root
+    hidden = the base model's final hidden state at the token before root, which predicted root
+             (Hydra++: what its prefix layer makes of that)
     repeat:
         1 draft    tokens of the tree below root: for each node of depth i, head i reads hidden
                    and the i+1 tokens on the path to it; its best guesses are the node's children
@@ -16,7 +17,7 @@ longest path that the base model agrees with. Every decode step does the same:
         3 accept   the longest path whose every token is what the base model wanted there;
                    the base model's next token after that path is a free extra, the bonus token
         4 commit   the accepted path's keys and values stay in the cache, the others' places are
-                   free again; root = bonus token; hidden = state at the last accepted node
+                   free; root = bonus token; hidden = final hidden state at the last accepted node
 
 Medusa's head i sees hidden alone: it must guess the token at distance i + 2 without knowing which
 tokens stand in between. That one difference is `head_input` below, and it is the paper's idea.
@@ -43,9 +44,10 @@ the token in it, or -1 if it is free. A tree goes into the first N free slots; t
 to write its positions there (picture: `commit_path`). So rows of any length share one tensor, and
 a sliding window is a comparison of two positions.
 
-Shapes: B batch rows, N tree nodes, K draft heads, D hidden size, V vocabulary, T tokens, S cache
-slots, H key-value heads, Dh their width. Draft heads are counted from 0: the base model at
-position t predicts token t + 1, head i token t + 2 + i.
+Shapes: B batch rows, N tree nodes, n nodes of one level, K draft heads, D hidden size,
+V vocabulary, T tokens, S cache slots (all, or those that are read), H key-value heads, Dh their
+width. Draft heads are counted from 0: the base model at position t predicts token t + 1, head i
+token t + 2 + i.
 
 Contents. Part I, the method: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance,
 6 KV cache, 7 decode loop. Part II, to use it: 8 training, 9 models, 10 command line.
@@ -78,7 +80,7 @@ def require(condition, message):
 class HydraConfig:
     """Which draft heads to build; KINDS says how Medusa, Hydra and Hydra++ differ."""
 
-    num_heads: int = 4  # K, how many tokens below the root can be guessed
+    num_heads: int = 4  # K, how deep below the root the tree can be
     num_layers: int = 1  # blocks in a head's MLP
     grounded: bool = True  # True is Hydra; False is Medusa, whose heads see no tokens
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the hidden states
@@ -124,19 +126,20 @@ class DraftHeads(nn.Module):
         self.base_name = model.config.name_or_path
         self.choices = None  # the tree found for these heads, once there is one
 
-        self.hydra_mlp = nn.ModuleList()
-        self.hydra_lm_head = nn.ModuleList()
-        for i in range(config.num_heads):
-            self.hydra_mlp.append(make_mlp(config, i, self.width))
-            self.hydra_lm_head.append(make_lm_head(config, base_lm_head))
-
         # spelt as released
+        numbers = range(config.num_heads)
+        self.hydra_mlp = nn.ModuleList(make_mlp(config, i, self.width) for i in numbers)
+        self.hydra_lm_head = nn.ModuleList(make_lm_head(config, base_lm_head) for i in numbers)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         set_dtype(self, model.dtype)
         self.to(model.device).eval()
 
     def forward(self, i, hidden, embeddings):
-        """Logits of head i: hidden (..., D), embeddings (..., i+1, D) -> (..., V)."""
+        """Logits of head i: hidden (B, 1, D), embeddings (B, n, i+1, D) -> (B, n, V).
+
+        One hidden serves all n paths.  Medusa's heads read no path: they return (B, 1, V).  In
+        training hidden is (B, n, D), a hidden for each path.
+        """
         if self.config.grounded:
             hidden = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
         return self.hydra_lm_head[i](self.hydra_mlp[i](hidden))
@@ -152,7 +155,7 @@ class DraftHeads(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """y = R(x) + SiLU(W x + b), W zero at first; R narrows the input, or is the identity."""
+    """y = R(x) + SiLU(W x + b), W zero at first, b not; R narrows the input or is the identity."""
 
     def __init__(self, width_in, width):
         super().__init__()
@@ -165,28 +168,31 @@ class ResBlock(nn.Module):
 
 
 def make_mlp(config, i, width):
-    """Head i's MLP: (i+2)*D or, for Medusa, D numbers in, D out."""
+    """Head i's MLP: (i+2)*D numbers in (Medusa: D), D out."""
     input_width = (i + 2) * width if config.grounded else width
     first = ResBlock(input_width, width)
 
-    # subtle: all blocks behind the first are one and the same module, used again and again;
-    # Medusa's first block is that module, too. The released heads were trained so.
+    # subtle: all blocks after the first are one and the same module, used again and again; in
+    # Medusa's heads the first is that module as well. The released heads were trained so
     later = ResBlock(width, width) if config.grounded else first
-    return with_dropout(config, [first] + [later] * (config.num_layers - 1))
+    return in_sequence(config, [first] + [later] * (config.num_layers - 1))
 
 
 def make_lm_head(config, base_lm_head):
     """A head's own lm_head: a copy of the base's, with a bias of zero where that has none."""
-    vocab, width = base_lm_head.weight.shape
+    vocab, width = base_lm_head.weight.shape  # transformers has the output first
     lm_head = nn.Linear(width, vocab)
     nn.init.zeros_(lm_head.bias)
     for own, base in zip(lm_head.parameters(), base_lm_head.parameters()):
         own.data.copy_(whole(base))
-    return with_dropout(config, [lm_head]) if config.prefix_layer else lm_head
+    return in_sequence(config, [lm_head]) if config.prefix_layer else lm_head
 
 
-def with_dropout(config, modules):
-    """The modules, one behind the other; heads with a prefix layer have a dropout before each."""
+def in_sequence(config, modules):
+    """The modules one after the other.
+
+    In released heads with a prefix layer a dropout precedes each, and counts in the weights' names.
+    """
     layers = []
     for module in modules:
         layers += [nn.Dropout(config.dropout), module] if config.prefix_layer else [module]
@@ -194,7 +200,7 @@ def with_dropout(config, modules):
 
 
 def whole(weight):
-    """A weight of the base, put together from its shards where several GPUs share the base."""
+    """A weight of the base, put together from its shards where several GPUs share it (DTensor)."""
     return getattr(weight, "full_tensor", weight.detach)()
 
 
@@ -208,12 +214,12 @@ def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
 
     It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t].  In
-    the KV cache it is one more layer behind the base's.  Section 4 of the paper.
+    the KV cache it is one more layer after the base's.  Section 4 of the paper.
     """
     config = copy.deepcopy(model.config.get_text_config())
     layer_index = config.num_hidden_layers
     config.num_hidden_layers = 1
-    config.use_cache = False
+    config.use_cache = False  # not in training; decoding asks for the cache by name
 
     # it attends to the whole prefix, even where the base's layers have a sliding window
     config.sliding_window = None
@@ -245,7 +251,7 @@ class Tree:
     depths: torch.Tensor  # (N,) its distance from the root
     ranks: torch.Tensor  # (N,) its rank among its parent's guesses, 0 the best
     paths: torch.Tensor  # (N, max_depth+1) the nodes from the root to it, padded with itself
-    mask: torch.Tensor  # (N, N) bool, the tree attention mask of section 3
+    mask: torch.Tensor  # (N, N) bool, the tree attention mask: section 3, below
 
     def to(self, device):
         """The same tree with its tensors on another device."""
@@ -260,7 +266,8 @@ def build_tree(choices):
 
     choices: lists of child ranks, in any order; `[0, 2]` is the third-best child of the best
     child of the root.  Ranks may have gaps and any node may be expanded, but a choice's parent
-    must be a choice too.  No choices: the one-node tree.  ValueError names a malformed choice.
+    must be a choice too.  Nodes are numbered by (depth, choice) from the root, 0; no choices give
+    the one-node tree.  ValueError names a choice that is malformed, twice there, or has no parent.
 
     >>> tree = build_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
     >>> tree.parents.tolist(), tree.depths.tolist(), tree.ranks.tolist()
@@ -272,23 +279,25 @@ def build_tree(choices):
     """
     check_choices(choices)
     choices = sorted(map(tuple, choices), key=lambda choice: (len(choice), choice))
-    path_of = {(): [0]}  # for each choice the nodes from the root to it
+    path_of = {(): [0]}  # for each choice, in node order, the nodes from the root to it
+    parents = [0]
     for node, choice in enumerate(choices, start=1):
         parent = choice[:-1]
         require(parent in path_of, f"choice {[*choice]} has no parent: add {[*parent]}")
         require(choice not in path_of, f"choice {[*choice]} is there twice")
         path_of[choice] = path_of[parent] + [node]
+        parents.append(path_of[parent][-1])
 
     paths = list(path_of.values())
     depths = [len(path) - 1 for path in paths]
     ranks = [0] + [choice[-1] for choice in choices]
-    parents = torch.tensor([path[-2:][0] for path in paths])  # the root is its own
 
     # nodes are sorted by depth, so a level is a slice and the last node is one of the deepest
     max_depth = depths[-1]
     starts = [depths.index(depth) for depth in range(max_depth + 1)]
     levels = [slice(start, start + depths.count(depth)) for depth, start in enumerate(starts)]
-    paths = [path + path[-1:] * (max_depth + 1 - len(path)) for path in paths]
+    padded = [path + path[-1:] * (max_depth + 1 - len(path)) for path in paths]
+    parents = torch.tensor(parents)
     return Tree(
         choices=[list(choice) for choice in choices],
         levels=levels,
@@ -298,8 +307,8 @@ def build_tree(choices):
         parents=parents,
         depths=torch.tensor(depths),
         ranks=torch.tensor(ranks),
-        paths=torch.tensor(paths),
-        mask=tree_attention_mask(parents),  # section 3
+        paths=torch.tensor(padded),
+        mask=tree_attention_mask(parents),  # section 3, below
     )
 
 
@@ -311,8 +320,8 @@ def check_choices(choices):
         require(is_choice, f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
 
 
-# The tree of the released code: 64 nodes with the root, counted out on text of Vicuna-7B's. For
-# each choice that has children how many it has, from its best guess on: "" is the root, "01" [0, 1]
+# The tree of the released code, 64 nodes with the root. CHILDREN[choice] is how many children it
+# has there, from its best guess on; "" is the root, "01" the choice [0, 1]
 CHILDREN = {
     "": 10,
     "0": 10, "1": 7, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1, "8": 1, "9": 1,
@@ -324,13 +333,16 @@ MC_SIM_7B_63 = [[*map(int, path), rank] for path, n in CHILDREN.items() for rank
 
 # ---------------------------------------------------------------------- 3 tree attention
 
+# First who sees whom in the tree; then which slots of the KV cache (section 6) that makes. A slot
+# holds a committed token, or is free; the tree lies in free ones while it is verified.
+
 
 def tree_attention_mask(parents):
     """Which node may attend to which: its ancestors and itself.
 
     parents (N,): each node's parent, parents before children, the root its own.  Returns (N, N)
     bool; row attends to column, so a node's row is also the path that leads to it.  Siblings and
-    cousins never see each other: each path is computed as if it stood alone behind the prefix,
+    cousins never see each other: each path is computed as if it stood alone after the prefix,
     and one forward verifies all of them.
 
     >>> tree_attention_mask(torch.tensor([0, 0, 0, 1, 1, 2, 3])).int()
@@ -352,8 +364,8 @@ def visible_slots(slot_positions, slots, mask):
     """Which slots of the cache each of T tokens sees: every committed one, and its ancestors'.
 
     slot_positions (B, S): the position of the committed token in each slot, -1 where it is free.
-    slots (B, T): the free slots that the T tokens were written to.  mask (T, T): which of them
-    see each other.  Returns (B, T, S) bool.
+    slots (B, T): the free slots that the T tokens were written to.  mask (T, T) bool: which of
+    them see each other, the tree's ancestors, or causal in a prompt.  Returns (B, T, S) bool.
 
     >>> slot_positions = torch.tensor([[0, -1, 1, -1]])  # two tokens are committed
     >>> slots = torch.tensor([[1, 3]])  # a root and its child went into the gaps
@@ -371,12 +383,12 @@ def visible_slots(slot_positions, slots, mask):
 
 
 def within_window(visible, slot_positions, slots, positions, window):
-    """What is left of visible (B, T, S) under a sliding window: its own and window - 1 before it.
+    """What is left of visible (B, T, S) where a token sees its own position and window - 1 before.
 
     slot_positions, slots as in `visible_slots`.  positions (B, T): where the T tokens stand.
     """
-    slot_positions = slot_positions.scatter(1, slots, positions)  # as if they were committed
-    distance = positions[:, :, None] - slot_positions[:, None]  # (B, T, S)
+    all_positions = slot_positions.scatter(1, slots, positions)  # as if the T were committed, too
+    distance = positions[:, :, None] - all_positions[:, None]  # (B, T, S), nonsense where free
     return visible & (distance < window)
 
 
@@ -394,18 +406,18 @@ def draft_tree(heads, tree, root, hidden, embed):
 
     heads: DraftHeads, or None if the tree is its root alone.  root (B,): the token at node 0.
     hidden (B, D): what the heads see of the position that predicted root.  embed: the base's
-    input embedding.  Returns tokens (B, N).  A child of rank r (0 is the best) is a guess of its
-    *own parent's* head call, which has read the tokens on that parent's path.
+    input embedding.  Returns tokens (B, N), in node order.  For nodes of depth d head d is called,
+    heads(d, hidden (B, 1, D), embeddings (B, n, d+1, D)) -> (B, n, V), with the tokens on their
+    paths, the root's first.  A child of rank r is the r-th best guess (0 the best) of its *own
+    parent's* logits.  Medusa's heads return (B, 1, V), the same guesses for all n nodes.
     """
     tokens = root[:, None]  # (B, 1), and with each level more
-    for depth, (level, below) in enumerate(pairwise(tree.levels)):
+    for depth, (level, below) in enumerate(pairwise(tree.levels)):  # two slices of nodes
         # head `depth` reads the path to each of this level's n nodes
         paths = tree.paths[level, : depth + 1]  # (n, depth+1)
-        logits = heads(depth, hidden[:, None], embed(tokens[:, paths]))  # (B, n, V)
-        guesses = logits.topk(tree.num_guesses).indices  # (B, n, num_guesses), best first
-
-        # Medusa's heads read no path: they gave one row, the same for all n nodes
-        guesses = guesses.expand(-1, len(paths), -1)
+        embeddings = embed(tokens[:, paths])  # (B, n, depth+1, D)
+        logits = heads(depth, hidden[:, None], embeddings)  # (B, n, V), or (B, 1, V)
+        guesses = logits.topk(tree.num_guesses).indices.expand(-1, len(paths), -1)
 
         # each of the m nodes below is its own parent's guess of its rank
         parent_row = tree.parents[below] - level.start  # (m,)
@@ -416,8 +428,9 @@ def draft_tree(heads, tree, root, hidden, embed):
 
 # -------------------------------------------------------------------------- 5 acceptance
 
-# A rule takes the tree's tokens and the base's logits, and returns the last accepted node and the
-# token after it. It decides which nodes pass; `longest_accepted_path` is common to all.
+# A rule, accept_..., takes the tree's tokens and the base's logits, and returns the last accepted
+# node and the token after it. It says which nodes pass; `longest_accepted_path` is common to all.
+# It is part of the step: its shapes are fixed, and it reads nothing back to the host.
 
 
 def longest_accepted_path(passes, tree, score=None):
@@ -438,19 +451,26 @@ def longest_accepted_path(passes, tree, score=None):
         return alive_depths.argmax(-1)  # the first of the deepest
 
     on_path = tree.mask & ~is_root  # (N, N): row n is the path to n, without the root
-    path_score = torch.where(on_path, score[:, None], 0).sum(-1)  # (B, N)
+    path_score = torch.where(on_path, score[:, None], 0).sum(-1)  # (B, N, N) -> (B, N)
     longest = alive_depths == alive_depths.max(-1, keepdim=True).values
     return torch.where(longest, path_score, -torch.inf).argmax(-1)
+
+
+def pick(values, node):
+    """Of values (B, N, ...) those at each row's node (B,): (B, ...)."""
+    rows = torch.arange(len(node), device=node.device)
+    return values[rows, node]
 
 
 def accept_greedy(tokens, logits, tree):
     """Accept what plain greedy decoding would have written: the argmax passes.
 
-    tokens (B, N), logits (B, N, V): the base's logits at every node.  Returns node (B,), the
-    last accepted one, and next_token (B,), the base's own choice after it.
+    tokens (B, N), logits (B, N, V): the base's logits at every node.  A node passes when its token
+    is the argmax at its parent.  Returns node (B,), the last of the longest path that passes, and
+    next_token (B,), the base's own choice after it, the bonus token.
     """
     wanted = logits.argmax(-1)  # (B, N): after each node
-    passes = tokens == wanted[:, tree.parents]
+    passes = tokens == wanted[:, tree.parents]  # of the root: whatever, it is accepted anyway
     node = longest_accepted_path(passes, tree)
     return node, pick(wanted, node)
 
@@ -458,25 +478,27 @@ def accept_greedy(tokens, logits, tree):
 def accept_sampling(tokens, logits, tree, temperature):
     """Exact sampling (not in the paper): draw the base's token at each node, follow the draws.
 
-    Shapes as in `accept_greedy`.  A child passes when it is what its parent drew, so whatever was
-    drafted, each emitted token is a draw from softmax(logits / temperature): the output has
-    exactly the distribution of plain sampling.  Siblings hold distinct tokens (top-k), so at most
-    one child of a node passes: what passes is a single chain, and no draw is preferred to another.
+    Shapes as in `accept_greedy`.  One independent draw from softmax(logits / temperature), in
+    fp32, at every node; a child passes when it is what its parent drew, and the last node's draw
+    is the bonus token.  So whatever was drafted, each token is a draw: the output has exactly the
+    distribution of plain sampling.  Siblings hold distinct tokens (top-k), so at most one child of
+    a node passes: what passes is a single chain, and no draw is preferred to another.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     # subtle: argmax of p / e with e ~ Exponential(1) is a draw from p, without asking the host
     noise = torch.empty_like(probs).exponential_()
-    return accept_greedy(tokens, probs / noise, tree)
+    return accept_greedy(tokens, probs / noise, tree)  # its argmax is the draw
 
 
 def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     """Typical acceptance: a token passes when it is likely enough, so text may leave plain greedy.
 
-        p(token | its path) > min(epsilon, delta * exp(-H)),    H the entropy of p
+        p(token | its path) > min(epsilon, delta * exp(-H)),    H = - sum of p log(p + 1e-5)
 
     Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`;
-    p is the softmax of the parent's logits / temperature.  Among longest paths the likeliest
-    wins.  The bonus token is the argmax: nothing is drawn.  Section 2 of the paper, as in Medusa.
+    p is the softmax, in fp32, of the parent's logits / temperature.  Among longest paths the
+    likeliest wins: the score is log p.  The bonus token is the argmax: nothing is drawn.
+    Section 2 of the paper, as in Medusa.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -489,12 +511,6 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
     return node, pick(logits.argmax(-1), node)
 
 
-def pick(values, node):
-    """Of values (B, N, ...) those at each row's node (B,): (B, ...)."""
-    rows = torch.arange(len(node), device=node.device)
-    return values[rows, node]
-
-
 # ---------------------------------------------------------------------------- 6 KV cache
 
 
@@ -502,24 +518,28 @@ class TreeCache(transformers.Cache):
     """Keys and values in S slots for each layer and row; transformers' layers write into it.
 
     slot_positions (B, S) says what is in a slot: the position in the text of a committed token, or
-    -1 if the slot is free.  slots (B, T): where the tokens of the present forward go.
+    -1 if the slot is free.  slots (B, T): where the tokens of the present forward go.  Only the
+    first slots_read slots are used: fewer to attend to while texts are short.
     """
 
     def __init__(self, batch_size, num_slots, device):
         super().__init__(layers=[])
         self.num_slots = num_slots
-        self.slots_read = num_slots  # only the first so many are used, see `choose_slots_read`
+        self.slots_read = num_slots
         self.slot_positions = torch.full((batch_size, num_slots), -1, device=device)
+        self.slot_numbers = torch.arange(num_slots, device=device)  # (S,)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
-        self.numbers = torch.arange(num_slots, device=device)  # (S,)
         self.keys = {}  # layer: (B, H, S, Dh)
         self.values = {}
 
-    def take_free_slots(self, count):
-        """Choose where `count` new tokens go: each row's first free slots."""
+    def choose_free_slots(self, count):
+        """Set `slots`, where `count` new tokens go: each row's first free slots, in order.
+
+        A finished row may have too few among those read; it then overwrites text of its own.
+        """
         taken = self.slot_positions[:, : self.slots_read] >= 0
-        order = taken * self.num_slots + self.numbers[: self.slots_read]  # taken ones come last
-        self.slots = order.topk(count, largest=False).indices
+        sort_key = taken * self.num_slots + self.slot_numbers[: self.slots_read]  # taken ones last
+        self.slots = sort_key.topk(count, largest=False).indices
 
     def update(self, key, value, layer, *_, **__):
         """Called by each layer: write key, value (B, H, T, Dh), return all that may be read."""
@@ -541,8 +561,8 @@ def commit_path(slot_positions, slots, positions, kept):
     """Keep the accepted tokens, in place: their positions are written beside their slots.
 
     slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is.  positions (B, N): where
-    its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the slots of
-    the other nodes stay free, and the next tree fills them.
+    its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the other
+    nodes' slots stay free (-1), and the next tree fills them.  No loop, nothing read by the host.
 
         slot           0    1    2    3    4    5    6    7    8    9   10   11
         token        The  cat  sat   on down  the    a    .  mat
@@ -557,6 +577,9 @@ def commit_path(slot_positions, slots, positions, kept):
 
 
 # ------------------------------------------------------------------------- 7 decode loop
+
+
+CHUNK = 512  # tokens of a prompt that are read at once
 
 
 class Decoder:
@@ -580,29 +603,35 @@ class Decoder:
         self.max_context = max_context
         self.embed = model.get_input_embeddings()
         self.window = getattr(config, "sliding_window", None)
-        self.has_layer_types = self.window and getattr(config, "layer_types", None)
+        self.layer_types = getattr(config, "layer_types", None)
 
-        # what a step changes, for each row. N slots more than tokens: the tree always finds room
+        # what a step changes, for each row, and always in place: a CUDA graph replays on these
+        # very tensors. N slots more than tokens: a running row's tree always finds room
         self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # committed tokens
-        self.root = torch.zeros_like(self.length)  # the token chosen last, not committed yet
+        self.root = torch.zeros_like(self.length)  # the token chosen last, not yet committed
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=device)
 
         # the same step, faster: see `step`
-        self.max_length = 0  # the host's bound on the length of all rows that still run
+        self.length_bound = 0  # no row that still runs has more committed tokens
         self.graphs = {}  # slots read: the recorded step, and the tensors it writes
         self.cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
-        self.run = compiled_advance(tree) if compile else Decoder.advance
+        # a plain function, called with self: a bound method would keep this object alive
+        self.advance_function = compiled_advance(tree) if compile else Decoder.advance
 
     def advance(self, tree):
-        """One decode step. Returns tokens (B, max_depth+1), and how many of a row are new (B,)."""
+        """One decode step: the method of the paper.
+
+        tree: self.tree, or the one-node tree after the prompt.  Returns new tokens
+        (B, max_depth+1), and how many of a row's count (B,).
+        """
         # draft: guesses below the root, each from the tokens on its own path
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)  # (B, N)
 
         # verify: one forward over all nodes, each seeing the prefix and its ancestors
         positions = self.length[:, None] + tree.depths  # (B, N)
-        out, hidden = self.read(self.model, tokens, positions, tree.mask)  # (B, N, D)
+        out, hidden = self.read(self.model, tokens, positions, tree.mask)  # hidden (B, N, D)
 
         # accept: the deepest node whose whole path is what the base model wants
         node, bonus = self.accept(tokens, out.logits, tree)  # (B,), (B,)
@@ -615,37 +644,38 @@ class Decoder:
         self.root.copy_(bonus)
         self.hidden.copy_(pick(hidden, node))
 
-        # new in the text: accepted drafts, then the bonus token (root d1 d2 . -> d1 d2 bonus .)
+        # new in the text: accepted drafts, then the bonus token (root d1 d2 _ -> d1 d2 bonus _)
         path_tokens = tokens.gather(1, tree.paths[node])  # (B, max_depth+1)
-        emitted = path_tokens.roll(-1, dims=1).scatter(1, accepted[:, None], bonus[:, None])
-        return emitted, accepted + 1
+        new_tokens = path_tokens.roll(-1, dims=1).scatter(1, accepted[:, None], bonus[:, None])
+        return new_tokens, accepted + 1
 
     def read(self, network, tokens, positions, mask):
         """One forward over tokens (B, T), whose keys and values go into free slots.
 
-        network: the base model, or its body alone where nobody reads logits.  positions (B, T):
+        network: the base model, or its body alone where nobody needs logits.  positions (B, T):
         where the tokens stand in the text.  mask (T, T) bool: which of them see each other; all
         see the committed prefix.  Returns network's output, and what the heads see (B, T, D).
         """
         cache = self.cache
-        cache.take_free_slots(tokens.shape[1])
+        cache.choose_free_slots(tokens.shape[1])
         slot_positions = cache.slot_positions[:, : cache.slots_read]
         visible = visible_slots(slot_positions, cache.slots, mask)  # (B, T, S)
         full = additive_mask(visible, self.model.dtype)
 
-        # layers with a sliding window see less; bases with layer types take a mask for each type
+        # layers with a sliding window see less; bases with two types of layers take two masks
         masks = full
         if self.window:
             near = within_window(visible, slot_positions, cache.slots, positions, self.window)
             masks = additive_mask(near, self.model.dtype)
-        if self.has_layer_types:
+        if self.window and self.layer_types:
             masks = {"full_attention": full, "sliding_attention": masks}
 
-        # a node may stand behind the context, where there are no positions; it is never kept
+        # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
+        # -1: the last hidden state alone, which is after the final norm
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
-        hidden = out.hidden_states[-1]  # after the final norm
+        hidden = out.hidden_states[-1]
         if self.heads:
             hidden = self.heads.read_prefix(hidden, attention_mask=full, **kwargs)
         return out, hidden
@@ -658,24 +688,24 @@ class Decoder:
         """
         attention_mask = check_prompts(self, input_ids, attention_mask)
         length = attention_mask.sum(1)
-        self.max_length = int(length.max())
+        self.length_bound = int(length.max())
         self.choose_slots_read()
 
-        # padding moves behind its row, where causal attention never sees it
+        # padding moves to the end of its row, where causal attention never sees it
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
-        tokens = input_ids.gather(1, order)[:, : self.max_length]
+        tokens = input_ids.gather(1, order)[:, : self.length_bound]
 
-        # in chunks, so that masks stay small. All but a row's last token are committed
+        # in chunks, so that masks stay small; the base without its lm_head. All tokens of a row
+        # are committed but its last: that one is read again as the first root, to get its logits
         self.cache.slot_positions.fill_(-1)
-        for chunk in torch.arange(self.max_length, device=tokens.device).split(CHUNK):
+        for chunk in torch.arange(self.length_bound, device=tokens.device).split(CHUNK):
             positions = chunk.expand(len(tokens), -1)  # (B, T)
             causal = chunk[:, None] >= chunk  # (T, T)
-            # the base without its lm_head: nobody reads these logits
             self.read(self.model.base_model, tokens[:, chunk], positions, causal)
             kept = positions < length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
-        # the last token is the first root. Nothing predicted it, so its tree has no drafts
+        # nothing predicted the first root, so its tree has no drafts
         self.warm_up()
         self.length.copy_(length - 1)
         self.root.copy_(pick(tokens, length - 1))
@@ -683,87 +713,90 @@ class Decoder:
 
     # The same step, faster. Nothing below changes what is decoded.
 
-    @torch.inference_mode()
-    def step(self, max_length=None):
-        """`advance`, over no more slots than needed, and replayed or compiled where asked.
+    def choose_slots_read(self):
+        """Read 512 slots, 1024, ... or all, as many as the running rows need; returns the number.
 
-        max_length: the most tokens committed in a row that still runs, from a caller who has seen
-        the counts.  Returns as `advance`; under a CUDA graph the next step overwrites that.
+        Trees go into the first free slots, so a row of n tokens lies within its first n + N, and
+        more slots do no harm: what is free is masked.  Each number has a recorded step of its own.
         """
-        require(self.max_length > 0, "prefill comes before the first step")
-        self.max_length = max_length or self.max_length
+        needed = self.length_bound + self.tree.num_nodes
+        power_of_two = 1 << (needed - 1).bit_length()
+        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
+        return self.cache.slots_read
+
+    @torch.inference_mode()
+    def step(self, length_bound=None):
+        """`advance`, compiled where asked, on a GPU replayed from a recording.
+
+        length_bound: from a caller who has seen the counts, and knows how many tokens a running
+        row has committed at most.  Returns as `advance`; a replay overwrites what the last gave.
+        """
+        require(self.length_bound > 0, "prefill comes before the first step")
+        self.length_bound = length_bound or self.length_bound
         slots_read = self.choose_slots_read()
-        self.max_length += self.tree.max_depth + 1  # at most, as long as nobody has looked
+        self.length_bound += self.tree.max_depth + 1  # a step commits no more
         if slots_read in self.graphs:
             graph, result = self.graphs[slots_read]
             graph.replay()
             return result
 
-        result = self.run(self, self.tree)  # compiles, if that is asked for and still to be done
+        # the first step of its size is taken as it is, since a recording runs nothing
+        result = self.advance_function(self, self.tree)
         if self.cuda_graph:
             self.graphs[slots_read] = self.record()
         return result
 
-    def choose_slots_read(self):
-        """Read 512 slots, 1024, ... or all: a compiled or recorded step for each such number.
-
-        Trees go into the first free slots, so a row of n tokens lies within its first n + N.
-        """
-        needed = self.max_length + self.tree.num_nodes
-        power_of_two = 1 << (needed - 1).bit_length()
-        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
-        return self.cache.slots_read
-
     def record(self):
-        """A CUDA graph of the step that was just taken, and the tensors it writes."""
+        """A CUDA graph of a step, and the tensors it writes."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):  # notes the kernels down, runs none
-                result = self.run(self, self.tree)
+            with torch.cuda.graph(graph):
+                result = self.advance_function(self, self.tree)
         except RuntimeError as error:
             raise ValueError(f"no CUDA graph of this step, use --no-cuda-graph: {error}") from error
         return graph, result
 
     def warm_up(self):
-        """A step before the first, to compile and record; what it commits and draws is put back."""
-        if self.run is Decoder.advance and not self.cuda_graph:
+        """A step before the first, to compile and record; what it commits and draws is undone.
+
+        Its length, root and hidden are nobody's: prefill sets them afterwards.
+        """
+        if self.advance_function is Decoder.advance and not self.cuda_graph:
             return
-        max_length = self.max_length
+        length_bound = self.length_bound
         slot_positions = self.cache.slot_positions.clone()
-        with torch.random.fork_rng([self.model.device] if self.cuda_graph else []):
+        with torch.random.fork_rng([self.model.device] if self.root.is_cuda else []):
             self.step()
         self.cache.slot_positions.copy_(slot_positions)
-        self.max_length = max_length
-
-
-CHUNK = 512  # tokens of a prompt that are read at once
+        self.length_bound = length_bound
 
 
 def compiled_advance(tree):
-    """`Decoder.advance`, compiled. A copy of it: torch compiles one function a few times only."""
+    """`Decoder.advance`, compiled."""
+    # a copy, code and all, for each decoder: torch compiles the same code a few times only
     advance = types.FunctionType(Decoder.advance.__code__.replace(), globals())
-    tuned = {"coordinate_descent_tuning": tree.num_nodes == 1}  # pays for single tokens only
-    return torch.compile(advance, fullgraph=True, dynamic=False, options=tuned)
+    options = {"coordinate_descent_tuning": tree.num_nodes == 1}  # pays for single tokens only
+    return torch.compile(advance, fullgraph=True, dynamic=False, options=options)
 
 
 class Row:
     """One row of a batch, as the host sees it: its new tokens, and whether it still runs."""
 
-    def __init__(self, length, end, eos):
-        self.length = length  # of the text so far, prompt included
-        self.end = end  # the length it may not exceed
+    def __init__(self, text_length, end, eos):
+        self.text_length = text_length  # prompt and new tokens, the next root included
+        self.end = end  # the text's greatest length
         self.eos = eos  # tokens that end it
         self.new_tokens = []
-        self.emitted = []  # for each step accepted drafts + 1
+        self.counts = []  # for each step accepted drafts + 1
         self.running = True
 
     def add(self, tokens):
-        """Take the tokens of a step, as far as EOS or its end."""
-        self.emitted.append(len(tokens))
+        """Take the tokens of a step, as far as EOS or the end."""
+        self.counts.append(len(tokens))
         for token in tokens:
             self.new_tokens.append(token)
-            self.length += 1
-            if token in self.eos or self.length == self.end:
+            self.text_length += 1
+            if token in self.eos or self.text_length == self.end:
                 self.running = False
                 return
 
@@ -790,15 +823,15 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     require(max_new_tokens > 0, f"{max_new_tokens=} must be 1 or more")
     require(len(input_ids) == 1 or not streamer, "a streamer shows one row: pass a single prompt")
     result = decoder.prefill(input_ids, attention_mask)
-    lengths = decoder.length.tolist()  # of the prompts. A GPU is done with them when this is read
+    prompt_lengths = decoder.length.tolist()  # this waits for the prefill, which is not timed
     eos = end_tokens(decoder.model, eos_token_id)
-    context = decoder.max_context
-    rows = [Row(length, min(length + max_new_tokens, context), eos) for length in lengths]
+    most = decoder.max_context
+    rows = [Row(length, min(length + max_new_tokens, most), eos) for length in prompt_lengths]
     if streamer:
         streamer.put(input_ids.cpu())
 
     start = time.perf_counter()
-    while result:
+    while result is not None:
         # the host's one look at a step
         tokens, counts = result[0].tolist(), result[1].tolist()
         shown = len(rows[0].new_tokens)
@@ -806,9 +839,9 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
             if row.running:
                 row.add(new[:count])
 
-        # finished rows go on with the others on the device, but nobody looks at them any more
-        lengths = [row.length for row in rows if row.running]
-        result = decoder.step(max(lengths) - 1) if lengths else None  # the last is the root
+        # a finished row goes on with the others on the device, but nobody looks at it any more
+        lengths = [row.text_length for row in rows if row.running]
+        result = decoder.step(max(lengths) - 1) if lengths else None  # a text's last is its root
         if streamer:
             streamer.put(torch.tensor(rows[0].new_tokens[shown:]))  # a GPU steps meanwhile
     seconds = time.perf_counter() - start
@@ -822,7 +855,8 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     padded = [torch.tensor(tokens, dtype=input_ids.dtype) for tokens in new_tokens]
     padded = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=pad)
     sequences = torch.cat([input_ids, padded.to(input_ids.device)], dim=1)
-    return Output(sequences, new_tokens, [row.emitted[1:] for row in rows], seconds)
+    emitted = [row.counts[1:] for row in rows]  # without the prefill's single token
+    return Output(sequences, new_tokens, emitted, seconds)
 
 
 def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature=1.0,
@@ -872,27 +906,26 @@ def choose_tree(heads, tree):
         return tree
     if tree is None:
         tree = heads.choices if heads else []
-    if tree is None:  # the usual one, as far as these heads reach
+    if tree is None:  # these heads have none: the released one, as far as they reach
         depth, vocab = heads.config.num_heads, heads.vocab
         tree = [choice for choice in MC_SIM_7B_63 if len(choice) <= depth and max(choice) < vocab]
     return build_tree(tree)
 
 
-def choose_acceptance(name, temperature, epsilon, delta):
-    """The acceptance rule of that name, its settings filled in; a rule of one's own is returned."""
+def choose_acceptance(accept, temperature, epsilon, delta):
+    """The acceptance rule of that name, its settings filled in; a rule of one's own as it is."""
+    if callable(accept):
+        return accept
     in_range = temperature == 0 or 1e-5 <= temperature < 1e5
     in_range = in_range and 0 < epsilon <= 1 and 0 < delta <= 1
-    settings = f"{temperature=} must be 0 or lie in 1e-5 .. 1e5, {epsilon=} and {delta=} in (0, 1]"
-    require(in_range, settings)
+    require(in_range, f"{temperature=} must be 0 or in 1e-5 .. 1e5, {epsilon=}, {delta=} in (0, 1]")
     rules = {
         "greedy": accept_greedy,
         "sampling": partial(accept_sampling, temperature=temperature),
         "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon, delta=delta),
     }
-    if callable(name):
-        return name
-    require(name in rules, f"accept must be one of {', '.join(rules)}, not {name!r}")
-    return rules[name] if temperature else accept_greedy
+    require(accept in rules, f"accept must be one of {', '.join(rules)}, not {accept!r}")
+    return rules[accept] if temperature else accept_greedy
 
 
 def end_tokens(model, eos_token_id):
@@ -927,7 +960,7 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    get = (vars(config) | rope).get
+    get = (vars(config) | rope).get  # None for what this base does not have
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
@@ -935,25 +968,26 @@ def check_fit(model, heads, tree, max_context):
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
     layer_types = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
 
-    # local attention of other kinds, and RoPE that changes on the way, work up to a length
-    turn = get("rope_type") == "longrope" and get("original_max_position_embeddings")
-    windows = [get("window_size"), get("keep_window_size"), turn]
+    # GPT-Neo's local attention, Doge's dynamic mask, and longrope, which changes all positions
+    # once a text is long: right up to a length
+    long_from = get("rope_type") == "longrope" and get("original_max_position_embeddings")
+    windows = [get("window_size"), get("keep_window_size"), long_from]
     window = min(filter(None, windows), default=math.inf)
 
-    table = [
+    table = [  # (what would be wrong, why)
         (missing, f"it does not take {missing}"),
-        (get("alibi"), "with alibi, distances are counted in slots"),
+        (get("alibi"), "with alibi it tells positions by slots"),
         (get("num_random_blocks"), "its attention is sparse at random"),
         (layer_types, f"it has layers of type {layer_types}"),
         (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
         (max_context + tree.num_nodes > window, f"context and tree exceed a window of {window}"),
         (not 0 < max_context <= limit, f"{max_context=} must lie in 1 .. {limit}"),
         (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
-        (tree.max_depth > num_heads, f"{tree.max_depth} deep, it exceeds {num_heads} draft heads"),
-        (tree.num_guesses > vocab, f"its {vocab} tokens are fewer than {tree.num_guesses} guesses"),
+        (tree.max_depth > num_heads, f"the tree is {tree.max_depth} deep, for {num_heads} heads"),
+        (tree.num_guesses > vocab, f"{tree.num_guesses} guesses a node of only {vocab} tokens"),
     ]
     for wrong, why in table:
-        require(not wrong, f"{config.model_type} cannot read this tree: {why}")
+        require(not wrong, f"cannot decode with {config.model_type}: {why}")
 
 
 # =================================================== Part II: train it, load it, run it
