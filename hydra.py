@@ -294,8 +294,8 @@ def build_tree(choices):
 
     # nodes are sorted by depth, so a level is a slice and the last node is one of the deepest
     max_depth = depths[-1]
-    starts = [depths.index(depth) for depth in range(max_depth + 1)]
-    levels = [slice(start, start + depths.count(depth)) for depth, start in enumerate(starts)]
+    levels = [slice(depths.index(depth), depths.index(depth) + depths.count(depth))
+              for depth in range(max_depth + 1)]
     padded = [path + path[-1:] * (max_depth + 1 - len(path)) for path in paths]
     parents = torch.tensor(parents)
     return Tree(
@@ -667,8 +667,8 @@ class Decoder:
         if self.window:
             near = within_window(visible, slot_positions, cache.slots, positions, self.window)
             masks = additive_mask(near, self.model.dtype)
-        if self.window and self.layer_types:
-            masks = {"full_attention": full, "sliding_attention": masks}
+            if self.layer_types:
+                masks = {"full_attention": full, "sliding_attention": masks}
 
         # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
@@ -907,8 +907,8 @@ def choose_tree(heads, tree):
     if tree is None:
         tree = heads.choices if heads else []
     if tree is None:  # these heads have none: the released one, as far as they reach
-        depth, vocab = heads.config.num_heads, heads.vocab
-        tree = [choice for choice in MC_SIM_7B_63 if len(choice) <= depth and max(choice) < vocab]
+        tree = [choice for choice in MC_SIM_7B_63
+                if len(choice) <= heads.config.num_heads and max(choice) < heads.vocab]
     return build_tree(tree)
 
 
