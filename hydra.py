@@ -7,20 +7,22 @@ cheap draft heads, verifies the whole tree in one forward pass of the base model
 longest path that the base model agrees with. Every decode step does the same:
 
     root   = the token that the base model has chosen but not yet read
-    hidden = the base model's final hidden state at the token before root, which predicted root
-             (Hydra++: what its prefix layer makes of that)
+    hidden = the base model's final hidden state, after its last norm, at the token before root
     repeat:
         1 draft    tokens of the tree below root: for each node of depth i, head i reads hidden
                    and the i+1 tokens on the path to it; its best guesses are the node's children
         2 verify   one forward of the base model over all N nodes; a node sees the committed
                    prefix, its ancestors and itself (the tree attention mask), nothing else
-        3 accept   the longest path whose every token is what the base model wanted there;
+        3 accept   the longest path whose every token is what the base model wanted there (or
+                   finds likely enough: section 5 has three rules);
                    the base model's next token after that path is a free extra, the bonus token
         4 commit   the accepted path's keys and values stay in the cache, the others' places are
                    free; root = bonus token; hidden = final hidden state at the last accepted node
 
-Medusa's head i sees hidden alone: it must guess the token at distance i + 2 without knowing which
-tokens stand in between. That one difference is `head_input` below, and it is the paper's idea.
+Draft heads are counted from 0: the base model at position t predicts token t + 1, head i token
+t + 2 + i. Medusa's head i sees hidden alone: it must guess without knowing which tokens stand in
+between. That one difference is `head_input` below, and it is the paper's idea. Hydra++ has deeper
+heads, and its prefix layer, one more decoder layer, turns the hidden states into what heads see.
 
 The running example is this tree of seven nodes. Node 0, the root, is always right; every other
 node is named by its *choice*, the path of child ranks that leads to it:
@@ -37,17 +39,16 @@ Two ideas keep the file small.
 
 *A step reads nothing back to the host, and its shapes depend on no token.* A tree always has N
 nodes, and every row of a batch carries its own length as a tensor. Rows that accept different
-numbers of tokens, CUDA graphs and torch.compile all follow.
+numbers of tokens follow, and a step can be recorded as a CUDA graph, or compiled.
 
 *No key ever moves.* The cache is slots, and beside each slot stands the position in the text of
 the token in it, or -1 if it is free. A tree goes into the first N free slots; to commit a path is
 to write its positions there (picture: `commit_path`). So rows of any length share one tensor, and
 a sliding window is a comparison of two positions.
 
-Shapes: B batch rows, N tree nodes, n nodes of one level, K draft heads, D hidden size,
+Shapes: B batch rows, N tree nodes, n nodes of a level, m of the next, K draft heads, D hidden size,
 V vocabulary, T tokens, S cache slots (all, or those that are read), H key-value heads, Dh their
-width. Draft heads are counted from 0: the base model at position t predicts token t + 1, head i
-token t + 2 + i.
+width. Sections are this file's; "of the paper" is added where they are not.
 
 Contents. Part I, the method: 1 draft heads, 2 tree, 3 tree attention, 4 drafting, 5 acceptance,
 6 KV cache, 7 decode loop. Part II, to use it: 8 training, 9 models, 10 command line.
@@ -84,7 +85,7 @@ class HydraConfig:
     num_layers: int = 1  # blocks in a head's MLP
     grounded: bool = True  # True is Hydra; False is Medusa, whose heads see no tokens
     prefix_layer: bool = False  # Hydra++: one more decoder layer over the hidden states
-    dropout: float = 0.0  # in training, before every block and lm_head; needs prefix_layer
+    dropout: float = 0.0  # in training; released heads have it with a prefix layer only
 
     def __post_init__(self):
         require(self.prefix_layer or not self.dropout, "dropout needs prefix_layer=True")
@@ -93,7 +94,7 @@ class HydraConfig:
 KINDS = {
     "medusa": dict(grounded=False),
     "hydra": dict(grounded=True),
-    "hydra++": dict(grounded=True, num_layers=4, prefix_layer=True),
+    "hydra++": dict(num_layers=4, prefix_layer=True),
 }
 
 
@@ -124,9 +125,9 @@ class DraftHeads(nn.Module):
         self.vocab, self.width = base_lm_head.weight.shape  # V, D
         self.config = config
         self.base_name = model.config.name_or_path
-        self.choices = None  # the tree found for these heads, once there is one
+        self.choices = None  # of the tree found for these heads, once there is one
 
-        # spelt as released
+        # these names, prefix_embeding_layer too, are spelt as in the released files
         numbers = range(config.num_heads)
         self.hydra_mlp = nn.ModuleList(make_mlp(config, i, self.width) for i in numbers)
         self.hydra_lm_head = nn.ModuleList(make_lm_head(config, base_lm_head) for i in numbers)
@@ -155,7 +156,7 @@ class DraftHeads(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """y = R(x) + SiLU(W x + b), W zero at first, b not; R narrows the input or is the identity."""
+    """y = R(x) + SiLU(W x + b), W zero at first, as released; R narrows x, or is the identity."""
 
     def __init__(self, width_in, width):
         super().__init__()
@@ -180,18 +181,19 @@ def make_mlp(config, i, width):
 
 def make_lm_head(config, base_lm_head):
     """A head's own lm_head: a copy of the base's, with a bias of zero where that has none."""
-    vocab, width = base_lm_head.weight.shape  # transformers has the output first
+    vocab, width = base_lm_head.weight.shape
     lm_head = nn.Linear(width, vocab)
     nn.init.zeros_(lm_head.bias)
+    # the weight, and the bias if the base has one
     for own, base in zip(lm_head.parameters(), base_lm_head.parameters()):
         own.data.copy_(whole(base))
     return in_sequence(config, [lm_head]) if config.prefix_layer else lm_head
 
 
 def in_sequence(config, modules):
-    """The modules one after the other.
+    """The modules one after the other; heads with a prefix layer have a dropout before each.
 
-    In released heads with a prefix layer a dropout precedes each, and counts in the weights' names.
+    It must be there even at 0.0: released weights are named 1, 3, ... where others are 0, 1, ...
     """
     layers = []
     for module in modules:
@@ -201,6 +203,7 @@ def in_sequence(config, modules):
 
 def whole(weight):
     """A weight of the base, put together from its shards where several GPUs share it (DTensor)."""
+    # only a sharded weight, a DTensor, has full_tensor
     return getattr(weight, "full_tensor", weight.detach)()
 
 
@@ -213,8 +216,9 @@ def set_dtype(module, dtype):
 def make_prefix_layer(model):
     """Hydra++'s prefix layer: a decoder of the base's own architecture with a single layer.
 
-    It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t].  In
-    the KV cache it is one more layer after the base's.  Section 4 of the paper.
+    It reads the base's final hidden states in place of embeddings: p[t] attends to h[0..t], and
+    comes out of a norm of its own.  In the KV cache it is one more layer after the base's.  Its
+    weights are random until trained or loaded.  Section 4 of the paper.
     """
     config = copy.deepcopy(model.config.get_text_config())
     layer_index = config.num_hidden_layers
@@ -246,11 +250,11 @@ class Tree:
     levels: list  # for each depth the slice of nodes that have it
     num_nodes: int  # N
     max_depth: int  # the depth of the last level
-    num_guesses: int  # how many guesses a node has to make: the largest rank + 1
+    num_guesses: int  # guesses that any node may have to make: the largest rank + 1
     parents: torch.Tensor  # (N,) each node's parent
     depths: torch.Tensor  # (N,) its distance from the root
     ranks: torch.Tensor  # (N,) its rank among its parent's guesses, 0 the best
-    paths: torch.Tensor  # (N, max_depth+1) the nodes from the root to it, padded with itself
+    paths: torch.Tensor  # (N, max_depth+1) the nodes from root to it, itself repeated
     mask: torch.Tensor  # (N, N) bool, the tree attention mask: section 3, below
 
     def to(self, device):
@@ -320,15 +324,16 @@ def check_choices(choices):
         require(is_choice, f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
 
 
-# The tree of the released code, 64 nodes with the root. CHILDREN[choice] is how many children it
-# has there, from its best guess on; "" is the root, "01" the choice [0, 1]
+# The released tree, 64 nodes with the root. CHILDREN says how many children a choice has in it,
+# from its best guess on; choices are written as digits: "" is the root, "01" is [0, 1]
 CHILDREN = {
     "": 10,
     "0": 10, "1": 7, "2": 3, "3": 2, "4": 1, "5": 1, "6": 1, "7": 1, "8": 1, "9": 1,
     "00": 10, "01": 3, "02": 2, "03": 1, "04": 1, "05": 1, "06": 1, "07": 1, "10": 2, "20": 1,
     "000": 2,
 }
-MC_SIM_7B_63 = [[*map(int, path), rank] for path, n in CHILDREN.items() for rank in range(n)]
+MC_SIM_7B_63 = [[*map(int, digits), rank]
+                for digits, count in CHILDREN.items() for rank in range(count)]
 
 
 # ---------------------------------------------------------------------- 3 tree attention
@@ -361,7 +366,7 @@ def tree_attention_mask(parents):
 
 
 def visible_slots(slot_positions, slots, mask):
-    """Which slots of the cache each of T tokens sees: every committed one, and its ancestors'.
+    """Which slots of the cache each of T tokens sees: all committed ones, its ancestors', its own.
 
     slot_positions (B, S): the position of the committed token in each slot, -1 where it is free.
     slots (B, T): the free slots that the T tokens were written to.  mask (T, T) bool: which of
@@ -375,20 +380,21 @@ def visible_slots(slot_positions, slots, mask):
     """
     num_tokens = len(mask)
     committed = slot_positions >= 0  # (B, S)
-    prefix = committed[:, None].expand(-1, num_tokens, -1)  # (B, T, S), the same for every token
+    prefix = committed[:, None].expand(-1, num_tokens, -1)  # (B, T, S), for each token
 
     # among themselves: column j of the mask goes to the slot of token j
-    columns = slots[:, None].expand(-1, num_tokens, -1)  # (B, T, T)
-    return prefix.scatter(2, columns, mask.expand_as(columns))
+    slot_of_column = slots[:, None].expand(-1, num_tokens, -1)  # (B, T, T)
+    return prefix.scatter(2, slot_of_column, mask.expand_as(slot_of_column))
 
 
 def within_window(visible, slot_positions, slots, positions, window):
-    """What is left of visible (B, T, S) where a token sees its own position and window - 1 before.
+    """What is left of visible (B, T, S) where a token sees only the last `window` positions.
 
-    slot_positions, slots as in `visible_slots`.  positions (B, T): where the T tokens stand.
+    slot_positions, slots as in `visible_slots`.  positions (B, T): where the T tokens stand.  With
+    a window of 4 a token at position 13 sees positions 10 to 13, its own among them.
     """
-    all_positions = slot_positions.scatter(1, slots, positions)  # as if the T were committed, too
-    distance = positions[:, :, None] - all_positions[:, None]  # (B, T, S), nonsense where free
+    all_positions = slot_positions.scatter(1, slots, positions)  # the T tokens' as well
+    distance = positions[:, :, None] - all_positions[:, None]  # (B, T, S)
     return visible & (distance < window)
 
 
@@ -402,22 +408,23 @@ def additive_mask(visible, dtype):
 
 
 def draft_tree(heads, tree, root, hidden, embed):
-    """Fill the tree with guesses, level by level, one head call per level.
+    """Fill the tree with guesses, level by level, one head call per level but the last.
 
     heads: DraftHeads, or None if the tree is its root alone.  root (B,): the token at node 0.
     hidden (B, D): what the heads see of the position that predicted root.  embed: the base's
-    input embedding.  Returns tokens (B, N), in node order.  For nodes of depth d head d is called,
-    heads(d, hidden (B, 1, D), embeddings (B, n, d+1, D)) -> (B, n, V), with the tokens on their
-    paths, the root's first.  A child of rank r is the r-th best guess (0 the best) of its *own
-    parent's* logits.  Medusa's heads return (B, 1, V), the same guesses for all n nodes.
+    input embedding.  Returns tokens (B, N), in node order; nothing is read by the host.  For every
+    depth d but the last, head d is called with the n paths to its nodes, the root's token first:
+    heads(d, hidden (B, 1, D), embeddings (B, n, d+1, D)) -> (B, n, V).  A child of rank r is the
+    r-th best guess (0 the best) of its *own parent's* logits.
     """
     tokens = root[:, None]  # (B, 1), and with each level more
     for depth, (level, below) in enumerate(pairwise(tree.levels)):  # two slices of nodes
         # head `depth` reads the path to each of this level's n nodes
         paths = tree.paths[level, : depth + 1]  # (n, depth+1)
         embeddings = embed(tokens[:, paths])  # (B, n, depth+1, D)
-        logits = heads(depth, hidden[:, None], embeddings)  # (B, n, V), or (B, 1, V)
-        guesses = logits.topk(tree.num_guesses).indices.expand(-1, len(paths), -1)
+        logits = heads(depth, hidden[:, None], embeddings)  # (B, n, V), Medusa's (B, 1, V)
+        guesses = logits.topk(tree.num_guesses).indices  # (B, n, num_guesses), best first
+        guesses = guesses.expand(-1, len(paths), -1)  # Medusa: the same for all nodes
 
         # each of the m nodes below is its own parent's guess of its rank
         parent_row = tree.parents[below] - level.start  # (m,)
@@ -428,9 +435,9 @@ def draft_tree(heads, tree, root, hidden, embed):
 
 # -------------------------------------------------------------------------- 5 acceptance
 
-# A rule, accept_..., takes the tree's tokens and the base's logits, and returns the last accepted
-# node and the token after it. It says which nodes pass; `longest_accepted_path` is common to all.
-# It is part of the step: its shapes are fixed, and it reads nothing back to the host.
+# A rule, accept_..., takes the tree's tokens, the base's logits and the tree, and returns the last
+# accepted node and the token after it. It says which nodes pass; `longest_accepted_path` is common
+# to all. It is part of the step: its shapes are fixed, and it reads nothing back to the host.
 
 
 def longest_accepted_path(passes, tree, score=None):
@@ -458,8 +465,7 @@ def longest_accepted_path(passes, tree, score=None):
 
 def pick(values, node):
     """Of values (B, N, ...) those at each row's node (B,): (B, ...)."""
-    rows = torch.arange(len(node), device=node.device)
-    return values[rows, node]
+    return values[torch.arange(len(node), device=node.device), node]
 
 
 def accept_greedy(tokens, logits, tree):
@@ -470,7 +476,7 @@ def accept_greedy(tokens, logits, tree):
     next_token (B,), the base's own choice after it, the bonus token.
     """
     wanted = logits.argmax(-1)  # (B, N): after each node
-    passes = tokens == wanted[:, tree.parents]  # of the root: whatever, it is accepted anyway
+    passes = tokens == wanted[:, tree.parents]  # the root's entry is ignored
     node = longest_accepted_path(passes, tree)
     return node, pick(wanted, node)
 
@@ -487,7 +493,7 @@ def accept_sampling(tokens, logits, tree, temperature):
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     # subtle: argmax of p / e with e ~ Exponential(1) is a draw from p, without asking the host
     noise = torch.empty_like(probs).exponential_()
-    return accept_greedy(tokens, probs / noise, tree)  # its argmax is the draw
+    return accept_greedy(tokens, probs / noise, tree)  # the argmax is the draw
 
 
 def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
@@ -497,8 +503,8 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
 
     Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`;
     p is the softmax, in fp32, of the parent's logits / temperature.  Among longest paths the
-    likeliest wins: the score is log p.  The bonus token is the argmax: nothing is drawn.
-    Section 2 of the paper, as in Medusa.
+    likeliest wins: the score is log p.  The bonus token is the last node's argmax; nothing is
+    drawn.  Section 2 of the paper, as in Medusa.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -518,8 +524,8 @@ class TreeCache(transformers.Cache):
     """Keys and values in S slots for each layer and row; transformers' layers write into it.
 
     slot_positions (B, S) says what is in a slot: the position in the text of a committed token, or
-    -1 if the slot is free.  slots (B, T): where the tokens of the present forward go.  Only the
-    first slots_read slots are used: fewer to attend to while texts are short.
+    -1 if the slot is free.  slots (B, T): where the tokens of the present forward go, chosen by
+    `choose_free_slots`.  Only the first slots_read are used: less to attend to in short texts.
     """
 
     def __init__(self, batch_size, num_slots, device):
@@ -533,12 +539,10 @@ class TreeCache(transformers.Cache):
         self.values = {}
 
     def choose_free_slots(self, count):
-        """Set `slots`, where `count` new tokens go: each row's first free slots, in order.
-
-        A finished row may have too few among those read; it then overwrites text of its own.
-        """
+        """Set `slots`, where `count` new tokens go: each row's first free slots, in order."""
         taken = self.slot_positions[:, : self.slots_read] >= 0
-        sort_key = taken * self.num_slots + self.slot_numbers[: self.slots_read]  # taken ones last
+        # by number, taken ones last; topk returns them sorted
+        sort_key = taken * self.num_slots + self.slot_numbers[: self.slots_read]
         self.slots = sort_key.topk(count, largest=False).indices
 
     def update(self, key, value, layer, *_, **__):
@@ -564,14 +568,14 @@ def commit_path(slot_positions, slots, positions, kept):
     its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the other
     nodes' slots stay free (-1), and the next tree fills them.  No loop, nothing read by the host.
 
-        slot           0    1    2    3    4    5    6    7    8    9   10   11
-        token        The  cat  sat   on down  the    a    .  mat
-        before         0    1   -1   -1   -1   -1   -1   -1   -1   -1   -1   -1
-        after          0    1    2    3   -1   -1    4   -1   -1   -1   -1   -1
-        next tree                         0    1         2    3    4    5    6
+        slot                0    1    2    3    4    5    6    7    8    9   10   11
+        token             The  cat  sat   on down  the    a    .  mat
+        node                          0    1    2    3    4    5    6
+        position before     0    1   -1   -1   -1   -1   -1   -1   -1   -1   -1   -1
+        position after      0    1    2    3   -1   -1    4   -1   -1   -1   -1   -1
+        next tree's node                        0    1         2    3    4    5    6
 
-    The tree lies in slots 2 to 8; sat, on and a are accepted, and keep positions 2, 3 and 4.  The
-    next tree's nodes 0 to 6 take the slots that are free then.
+    The tree lies in slots 2 to 8; sat, on and a are accepted, and keep positions 2, 3 and 4.
     """
     slot_positions.scatter_(1, slots, torch.where(kept, positions, -1))
 
@@ -584,6 +588,9 @@ CHUNK = 512  # tokens of a prompt that are read at once
 
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
+
+    Rows *run* until the host sees their end; a finished row goes on with the others on the device,
+    where it keeps within its context and its slots, and nobody looks at it any more.
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: how many
     tokens, prompt included, a row may grow to.  accept: a rule of section 5 that takes (tokens,
@@ -606,51 +613,55 @@ class Decoder:
         self.layer_types = getattr(config, "layer_types", None)
 
         # what a step changes, for each row, and always in place: a CUDA graph replays on these
-        # very tensors. N slots more than tokens: a running row's tree always finds room
+        # very tensors. N slots more than tokens: a running row's tree always finds room.
+        # A row's text is its `length` committed tokens, then its root, the token chosen last
         self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
-        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)  # committed tokens
-        self.root = torch.zeros_like(self.length)  # the token chosen last, not yet committed
+        self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.root = torch.zeros_like(self.length)  # (B,)
+        # what the heads see of the last committed token (B, D)
         self.hidden = torch.zeros(batch_size, self.embed.embedding_dim, dtype=model.dtype,
                                   device=device)
 
         # the same step, faster: see `step`
-        self.length_bound = 0  # no row that still runs has more committed tokens
+        self.length_bound = 0  # the host's upper bound on `length` of running rows
         self.graphs = {}  # slots read: the recorded step, and the tensors it writes
         self.cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
-        # a plain function, called with self: a bound method would keep this object alive
+        # a plain function, called with self: a bound method here would be a reference cycle
         self.advance_function = compiled_advance(tree) if compile else Decoder.advance
 
     def advance(self, tree):
         """One decode step: the method of the paper.
 
         tree: self.tree, or the one-node tree after the prompt.  Returns new tokens
-        (B, max_depth+1), and how many of a row's count (B,).
+        (B, max_depth+1) and counts (B,), how many of a row's are valid.
         """
         # draft: guesses below the root, each from the tokens on its own path
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)  # (B, N)
 
-        # verify: one forward over all nodes, each seeing the prefix and its ancestors
+        # verify: one forward over all nodes, each seeing the prefix and its ancestors;
+        # out.logits (B, N, V), node_hidden (B, N, D)
         positions = self.length[:, None] + tree.depths  # (B, N)
-        out, hidden = self.read(self.model, tokens, positions, tree.mask)  # hidden (B, N, D)
+        out, node_hidden = self.read(self.model, tokens, positions, tree.mask)
 
         # accept: the deepest node whose whole path is what the base model wants
         node, bonus = self.accept(tokens, out.logits, tree)  # (B,), (B,)
-        accepted = tree.depths[node]  # (B,): drafts, the root not counted
+        num_accepted = tree.depths[node]  # (B,): drafts, the root not counted
 
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
         kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
-        self.length.add_(accepted + 1).clamp_(max=self.max_context)
+        self.length.add_(num_accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
-        self.hidden.copy_(pick(hidden, node))
+        self.hidden.copy_(pick(node_hidden, node))
 
-        # new in the text: accepted drafts, then the bonus token (root d1 d2 _ -> d1 d2 bonus _)
-        path_tokens = tokens.gather(1, tree.paths[node])  # (B, max_depth+1)
-        new_tokens = path_tokens.roll(-1, dims=1).scatter(1, accepted[:, None], bonus[:, None])
-        return new_tokens, accepted + 1
+        # new in the text: the accepted drafts, then the bonus token; the rest is left over
+        # (node 4: sat on a a -> on a a sat -> on a BONUS sat, 3 of them new)
+        drafts = tokens.gather(1, tree.paths[node]).roll(-1, dims=1)  # (B, max_depth+1)
+        new_tokens = drafts.scatter(1, num_accepted[:, None], bonus[:, None])
+        return new_tokens, num_accepted + 1
 
     def read(self, network, tokens, positions, mask):
-        """One forward over tokens (B, T), whose keys and values go into free slots.
+        """One forward over tokens (B, T), whose keys and values go into free slots, cache.slots.
 
         network: the base model, or its body alone where nobody needs logits.  positions (B, T):
         where the tokens stand in the text.  mask (T, T) bool: which of them see each other; all
@@ -673,10 +684,10 @@ class Decoder:
         # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
-        # -1: the last hidden state alone, which is after the final norm
+        # -1, in newer transformers: the last state alone, after the final norm; else True
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
         hidden = out.hidden_states[-1]
-        if self.heads:
+        if self.heads:  # their prefix layer has no window
             hidden = self.heads.read_prefix(hidden, attention_mask=full, **kwargs)
         return out, hidden
 
@@ -687,63 +698,67 @@ class Decoder:
         input_ids, attention_mask (B, T): 0 pads, on either side.  Raises ValueError.
         """
         attention_mask = check_prompts(self, input_ids, attention_mask)
-        length = attention_mask.sum(1)
-        self.length_bound = int(length.max())
-        self.choose_slots_read()
-
-        # padding moves to the end of its row, where causal attention never sees it
-        order = attention_mask.argsort(dim=1, descending=True, stable=True)
-        tokens = input_ids.gather(1, order)[:, : self.length_bound]
-
-        # in chunks, so that masks stay small; the base without its lm_head. All tokens of a row
-        # are committed but its last: that one is read again as the first root, to get its logits
+        prompt_length = attention_mask.sum(1)  # (B,)
+        longest = int(prompt_length.max())
+        self.length_bound = longest
+        self.set_slots_read()
         self.cache.slot_positions.fill_(-1)
-        for chunk in torch.arange(self.length_bound, device=tokens.device).split(CHUNK):
+
+        # padding moves to the end of its row, where causal attention never sees it; now a token's
+        # column is its position
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        tokens = input_ids.gather(1, order)[:, :longest]
+
+        # keys and values of all prompts, in chunks, so that masks stay small. Nobody needs logits
+        # yet: a row's last token is not committed, but read once more as the first root
+        for chunk in torch.arange(longest, device=tokens.device).split(CHUNK):
             positions = chunk.expand(len(tokens), -1)  # (B, T)
             causal = chunk[:, None] >= chunk  # (T, T)
             self.read(self.model.base_model, tokens[:, chunk], positions, causal)
-            kept = positions < length[:, None] - 1
+            kept = positions < prompt_length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
-        # nothing predicted the first root, so its tree has no drafts
+        # no hidden state is at hand to draft from, so the first step's tree is its root alone
+        self.length.copy_(prompt_length - 1)
+        self.root.copy_(pick(tokens, prompt_length - 1))
+        first = self.advance(build_tree([]).to(tokens.device))
         self.warm_up()
-        self.length.copy_(length - 1)
-        self.root.copy_(pick(tokens, length - 1))
-        return self.advance(build_tree([]).to(tokens.device))
+        return first
 
     # The same step, faster. Nothing below changes what is decoded.
 
-    def choose_slots_read(self):
-        """Read 512 slots, 1024, ... or all, as many as the running rows need; returns the number.
+    def set_slots_read(self):
+        """Read 512 slots, 1024, ... or all: as many as running rows need; a recording for each.
 
-        Trees go into the first free slots, so a row of n tokens lies within its first n + N, and
-        more slots do no harm: what is free is masked.  Each number has a recorded step of its own.
+        Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
+        slots do no harm: free ones are masked.  (Fewer do none to a finished row, either: its tree
+        then overwrites text of its own.)
         """
         needed = self.length_bound + self.tree.num_nodes
         power_of_two = 1 << (needed - 1).bit_length()
         self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
-        return self.cache.slots_read
 
     @torch.inference_mode()
     def step(self, length_bound=None):
         """`advance`, compiled where asked, on a GPU replayed from a recording.
 
-        length_bound: from a caller who has seen the counts, and knows how many tokens a running
-        row has committed at most.  Returns as `advance`; a replay overwrites what the last gave.
+        length_bound: a tighter bound than the decoder's own, from a caller who has seen the counts.
+        Returns as `advance`; a replay overwrites what the last one gave.
         """
         require(self.length_bound > 0, "prefill comes before the first step")
         self.length_bound = length_bound or self.length_bound
-        slots_read = self.choose_slots_read()
-        self.length_bound += self.tree.max_depth + 1  # a step commits no more
-        if slots_read in self.graphs:
-            graph, result = self.graphs[slots_read]
+        self.set_slots_read()
+        self.length_bound += self.tree.max_depth + 1  # after this step; it commits no more
+        size = self.cache.slots_read
+        if size in self.graphs:
+            graph, result = self.graphs[size]
             graph.replay()
             return result
 
-        # the first step of its size is taken as it is, since a recording runs nothing
+        # recording does not run a step, so the first of its size is taken without, then recorded
         result = self.advance_function(self, self.tree)
         if self.cuda_graph:
-            self.graphs[slots_read] = self.record()
+            self.graphs[size] = self.record()
         return result
 
     def record(self):
@@ -757,46 +772,44 @@ class Decoder:
         return graph, result
 
     def warm_up(self):
-        """A step before the first, to compile and record; what it commits and draws is undone.
-
-        Its length, root and hidden are nobody's: prefill sets them afterwards.
-        """
+        """A step on trial, which compiles and records; what it changed and drew is put back."""
         if self.advance_function is Decoder.advance and not self.cuda_graph:
             return
-        length_bound = self.length_bound
-        slot_positions = self.cache.slot_positions.clone()
+        state = (self.cache.slot_positions, self.length, self.root, self.hidden)
+        before = [tensor.clone() for tensor in state]
         with torch.random.fork_rng([self.model.device] if self.root.is_cuda else []):
             self.step()
-        self.cache.slot_positions.copy_(slot_positions)
-        self.length_bound = length_bound
+        for tensor, saved in zip(state, before):
+            tensor.copy_(saved)
 
 
 def compiled_advance(tree):
     """`Decoder.advance`, compiled."""
-    # a copy, code and all, for each decoder: torch compiles the same code a few times only
+    # a copy for each decoder, code and all: torch recompiles one code object a few times only
     advance = types.FunctionType(Decoder.advance.__code__.replace(), globals())
-    options = {"coordinate_descent_tuning": tree.num_nodes == 1}  # pays for single tokens only
+    # tuning pays for single tokens only
+    options = {"coordinate_descent_tuning": tree.num_nodes == 1}
     return torch.compile(advance, fullgraph=True, dynamic=False, options=options)
 
 
 class Row:
     """One row of a batch, as the host sees it: its new tokens, and whether it still runs."""
 
-    def __init__(self, text_length, end, eos):
-        self.text_length = text_length  # prompt and new tokens, the next root included
-        self.end = end  # the text's greatest length
+    def __init__(self, text_length, max_length, eos):
+        self.text_length = text_length  # prompt, new tokens, the next root included
+        self.max_length = max_length
         self.eos = eos  # tokens that end it
         self.new_tokens = []
-        self.counts = []  # for each step accepted drafts + 1
+        self.emitted = []  # for each step how many tokens it gave: accepted drafts + 1
         self.running = True
 
     def add(self, tokens):
-        """Take the tokens of a step, as far as EOS or the end."""
-        self.counts.append(len(tokens))
+        """Take the tokens of a step, as far as EOS or the greatest length."""
+        self.emitted.append(len(tokens))
         for token in tokens:
             self.new_tokens.append(token)
             self.text_length += 1
-            if token in self.eos or self.text_length == self.end:
+            if token in self.eos or self.text_length == self.max_length:
                 self.running = False
                 return
 
@@ -805,9 +818,9 @@ class Row:
 class Output:
     """What `generate` returns."""
 
-    sequences: torch.Tensor  # (B, T') the prompt as given, new tokens from column T on, padding
+    sequences: torch.Tensor  # (B, T'): the prompt as given, from column T new tokens, padding
     new_tokens: list  # for each row its new tokens, without padding
-    emitted: list  # for each row and step: accepted drafts + 1, before the cut at EOS
+    emitted: list  # for each row and step its number of tokens, a + 1, not cut at EOS
     seconds: float  # of all steps, prefill left out
 
     @property
@@ -822,28 +835,29 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     """Decode prompts with a Decoder, which can be used again; arguments as for `generate`."""
     require(max_new_tokens > 0, f"{max_new_tokens=} must be 1 or more")
     require(len(input_ids) == 1 or not streamer, "a streamer shows one row: pass a single prompt")
-    result = decoder.prefill(input_ids, attention_mask)
-    prompt_lengths = decoder.length.tolist()  # this waits for the prefill, which is not timed
+    step_tokens, counts = decoder.prefill(input_ids, attention_mask)
+    lengths = decoder.length.tolist()  # the prompts'; this waits for the prefill
     eos = end_tokens(decoder.model, eos_token_id)
-    most = decoder.max_context
-    rows = [Row(length, min(length + max_new_tokens, most), eos) for length in prompt_lengths]
+    context = decoder.max_context
+    rows = [Row(length, min(length + max_new_tokens, context), eos) for length in lengths]
     if streamer:
         streamer.put(input_ids.cpu())
 
     start = time.perf_counter()
-    while result is not None:
+    running = rows
+    while running:
         # the host's one look at a step
-        tokens, counts = result[0].tolist(), result[1].tolist()
-        shown = len(rows[0].new_tokens)
-        for row, new, count in zip(rows, tokens, counts):
+        num_shown = len(rows[0].new_tokens)
+        for row, tokens, count in zip(rows, step_tokens.tolist(), counts.tolist()):
             if row.running:
-                row.add(new[:count])
+                row.add(tokens[:count])
 
-        # a finished row goes on with the others on the device, but nobody looks at it any more
-        lengths = [row.text_length for row in rows if row.running]
-        result = decoder.step(max(lengths) - 1) if lengths else None  # a text's last is its root
-        if streamer:
-            streamer.put(torch.tensor(rows[0].new_tokens[shown:]))  # a GPU steps meanwhile
+        # the next step; of each text all but the last token, its root, is committed
+        running = [row for row in rows if row.running]
+        if running:
+            step_tokens, counts = decoder.step(max(row.text_length for row in running) - 1)
+        if streamer:  # a GPU works meanwhile
+            streamer.put(torch.tensor(rows[0].new_tokens[num_shown:]))
     seconds = time.perf_counter() - start
     if streamer:
         streamer.end()
@@ -852,10 +866,10 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     pads = [pad_token_id, decoder.model.generation_config.pad_token_id, *eos, 0]
     pad = next(token for token in pads if token is not None)
     new_tokens = [row.new_tokens for row in rows]
-    padded = [torch.tensor(tokens, dtype=input_ids.dtype) for tokens in new_tokens]
-    padded = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=pad)
-    sequences = torch.cat([input_ids, padded.to(input_ids.device)], dim=1)
-    emitted = [row.counts[1:] for row in rows]  # without the prefill's single token
+    width = max(map(len, new_tokens))
+    padded = [tokens + [pad] * (width - len(tokens)) for tokens in new_tokens]
+    sequences = torch.cat([input_ids, input_ids.new_tensor(padded)], dim=1)
+    emitted = [row.emitted[1:] for row in rows]  # without the prefill's single token
     return Output(sequences, new_tokens, emitted, seconds)
 
 
@@ -913,12 +927,15 @@ def choose_tree(heads, tree):
 
 
 def choose_acceptance(accept, temperature, epsilon, delta):
-    """The acceptance rule of that name, its settings filled in; a rule of one's own as it is."""
+    """The acceptance rule of that name, its settings filled in; a rule of one's own as it is.
+
+    Every rule tends to greedy as the temperature falls, so at 0 that is what one gets.
+    """
     if callable(accept):
         return accept
     in_range = temperature == 0 or 1e-5 <= temperature < 1e5
-    in_range = in_range and 0 < epsilon <= 1 and 0 < delta <= 1
-    require(in_range, f"{temperature=} must be 0 or in 1e-5 .. 1e5, {epsilon=}, {delta=} in (0, 1]")
+    require(in_range and 0 < epsilon <= 1 and 0 < delta <= 1,
+            f"{temperature=} must be 0 or in 1e-5 .. 1e5, {epsilon=} and {delta=} in (0, 1]")
     rules = {
         "greedy": accept_greedy,
         "sampling": partial(accept_sampling, temperature=temperature),
@@ -943,16 +960,16 @@ def longest_context(model):
 
 def check_prompts(decoder, input_ids, attention_mask):
     """The attention mask (B, T) of 0 and 1; ValueError where the batch or a row does not fit."""
-    rows, context = len(decoder.root), decoder.max_context
+    batch_size, context = len(decoder.root), decoder.max_context
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    fits = input_ids.shape == attention_mask.shape == (rows, input_ids.shape[-1])
-    require(fits, f"prompts and attention_mask must have the same shape, ({rows}, T)")
+    fits = input_ids.shape == attention_mask.shape == (batch_size, input_ids.shape[-1])
+    require(fits, f"prompts and attention_mask must have the same shape, ({batch_size}, T)")
     attention_mask = attention_mask.bool().long()
     lengths = attention_mask.sum(1).tolist()
     require(min(lengths, default=0) > 0, "the prompt is empty: give every row a token or more")
-    longest = max(lengths)
-    require(longest < context, f"{longest} tokens fill a context of {context}: shorten the prompt")
+    require(max(lengths) < context,
+            f"{max(lengths)} tokens fill a context of {context}: shorten the prompt")
     return attention_mask
 
 
@@ -960,28 +977,28 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    get = (vars(config) | rope).get  # None for what this base does not have
+    get = (vars(config) | rope).get  # a setting of the base, or None
+    missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
+    other_types = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+
+    # decoded rightly only while context and tree are short: GPT-Neo's local attention, Doge's
+    # dynamic mask, and longrope, whose frequencies change once a text is long
+    limits = [get("window_size"), get("keep_window_size"),
+              get("rope_type") == "longrope" and get("original_max_position_embeddings")]
+    limit = min(filter(None, limits), default=math.inf)
+
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
-    limit = longest_context(model)
-    missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
-    layer_types = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-
-    # GPT-Neo's local attention, Doge's dynamic mask, and longrope, which changes all positions
-    # once a text is long: right up to a length
-    long_from = get("rope_type") == "longrope" and get("original_max_position_embeddings")
-    windows = [get("window_size"), get("keep_window_size"), long_from]
-    window = min(filter(None, windows), default=math.inf)
-
-    table = [  # (what would be wrong, why)
+    longest = longest_context(model)
+    table = [  # what is wrong if it is true or not empty, and why
         (missing, f"it does not take {missing}"),
         (get("alibi"), "with alibi it tells positions by slots"),
         (get("num_random_blocks"), "its attention is sparse at random"),
-        (layer_types, f"it has layers of type {layer_types}"),
+        (other_types, f"it has layers of type {other_types}"),
         (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
-        (max_context + tree.num_nodes > window, f"context and tree exceed a window of {window}"),
-        (not 0 < max_context <= limit, f"{max_context=} must lie in 1 .. {limit}"),
+        (max_context + tree.num_nodes > limit, f"context and tree exceed a window of {limit}"),
+        (not 0 < max_context <= longest, f"{max_context=} must lie in 1 .. {longest}"),
         (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
         (tree.max_depth > num_heads, f"the tree is {tree.max_depth} deep, for {num_heads} heads"),
         (tree.num_guesses > vocab, f"{tree.num_guesses} guesses a node of only {vocab} tokens"),
