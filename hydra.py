@@ -7,22 +7,22 @@ cheap draft heads, verifies the whole tree in one forward pass of the base model
 longest path that the base model agrees with. Every decode step does the same:
 
     root   = the token that the base model has chosen but not yet read
-    hidden = the base model's final hidden state, after its last norm, at the token before root
+    hidden = what the heads see of the token before root: the base model's final hidden state, or
+             in Hydra++ what its prefix layer, one more decoder layer, makes of it
     repeat:
         1 draft    tokens of the tree below root: for each node of depth i, head i reads hidden
                    and the i+1 tokens on the path to it; its best guesses are the node's children
         2 verify   one forward of the base model over all N nodes; a node sees the committed
                    prefix, its ancestors and itself (the tree attention mask), nothing else
         3 accept   the longest path whose every token is what the base model wanted there (or
-                   finds likely enough: section 5 has three rules);
-                   the base model's next token after that path is a free extra, the bonus token
-        4 commit   the accepted path's keys and values stay in the cache, the others' places are
-                   free; root = bonus token; hidden = final hidden state at the last accepted node
+                   finds likely enough: section 5 has the rules); the base model's next token
+                   after that path is a free extra, the bonus token
+        4 commit   the accepted path's keys and values stay in the cache, the others' slots are
+                   free; root = bonus token; hidden = the last accepted node's
 
 Draft heads are counted from 0: the base model at position t predicts token t + 1, head i token
 t + 2 + i. Medusa's head i sees hidden alone: it must guess without knowing which tokens stand in
-between. That one difference is `head_input` below, and it is the paper's idea. Hydra++ has deeper
-heads, and its prefix layer, one more decoder layer, turns the hidden states into what heads see.
+between. That one difference is `head_input` below, and it is the paper's idea.
 
 The running example is this tree of seven nodes. Node 0, the root, is always right; every other
 node is named by its *choice*, the path of child ranks that leads to it:
@@ -128,9 +128,9 @@ class DraftHeads(nn.Module):
         self.choices = None  # of the tree found for these heads, once there is one
 
         # these names, prefix_embeding_layer too, are spelt as in the released files
-        numbers = range(config.num_heads)
-        self.hydra_mlp = nn.ModuleList(make_mlp(config, i, self.width) for i in numbers)
-        self.hydra_lm_head = nn.ModuleList(make_lm_head(config, base_lm_head) for i in numbers)
+        heads = range(config.num_heads)
+        self.hydra_mlp = nn.ModuleList(make_mlp(config, i, self.width) for i in heads)
+        self.hydra_lm_head = nn.ModuleList(make_lm_head(config, base_lm_head) for i in heads)
         self.prefix_embeding_layer = make_prefix_layer(model) if config.prefix_layer else None
         set_dtype(self, model.dtype)
         self.to(model.device).eval()
@@ -138,8 +138,8 @@ class DraftHeads(nn.Module):
     def forward(self, i, hidden, embeddings):
         """Logits of head i: hidden (B, 1, D), embeddings (B, n, i+1, D) -> (B, n, V).
 
-        One hidden serves all n paths.  Medusa's heads read no path: they return (B, 1, V).  In
-        training hidden is (B, n, D), a hidden for each path.
+        One hidden serves all n paths (in training each has its own: hidden (B, n, D)).  Medusa's
+        heads read no path, and give (B, 1, V): the same for all n.
         """
         if self.config.grounded:
             hidden = head_input(hidden.expand(*embeddings.shape[:-2], -1), embeddings)
@@ -173,8 +173,8 @@ def make_mlp(config, i, width):
     input_width = (i + 2) * width if config.grounded else width
     first = ResBlock(input_width, width)
 
-    # subtle: all blocks after the first are one and the same module, used again and again; in
-    # Medusa's heads the first is that module as well. The released heads were trained so
+    # subtle: later blocks are one and the same module, used again and again, as the released heads
+    # were trained. Hydra: first, later, later, ...; Medusa: first, first, first, ...
     later = ResBlock(width, width) if config.grounded else first
     return in_sequence(config, [first] + [later] * (config.num_layers - 1))
 
@@ -199,18 +199,6 @@ def in_sequence(config, modules):
     for module in modules:
         layers += [nn.Dropout(config.dropout), module] if config.prefix_layer else [module]
     return nn.Sequential(*layers)
-
-
-def whole(weight):
-    """A weight of the base, put together from its shards where several GPUs share it (DTensor)."""
-    # only a sharded weight, a DTensor, has full_tensor
-    return getattr(weight, "full_tensor", weight.detach)()
-
-
-def set_dtype(module, dtype):
-    """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
-    for weight in module.parameters():
-        weight.data = weight.data.to(dtype)
 
 
 def make_prefix_layer(model):
@@ -239,6 +227,18 @@ def make_prefix_layer(model):
     return layer
 
 
+def whole(weight):
+    """A weight of the base, put together from its shards where several GPUs share it (DTensor)."""
+    # only a sharded weight, a DTensor, has full_tensor
+    return getattr(weight, "full_tensor", weight.detach)()
+
+
+def set_dtype(module, dtype):
+    """Change the dtype of the weights, but not of buffers: RoPE's frequencies stay in fp32."""
+    for weight in module.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 # -------------------------------------------------------------------------------- 2 tree
 
 
@@ -250,7 +250,7 @@ class Tree:
     levels: list  # for each depth the slice of nodes that have it
     num_nodes: int  # N
     max_depth: int  # the depth of the last level
-    num_guesses: int  # guesses that any node may have to make: the largest rank + 1
+    num_guesses: int  # guesses to ask of each node: the largest rank + 1
     parents: torch.Tensor  # (N,) each node's parent
     depths: torch.Tensor  # (N,) its distance from the root
     ranks: torch.Tensor  # (N,) its rank among its parent's guesses, 0 the best
@@ -391,7 +391,8 @@ def within_window(visible, slot_positions, slots, positions, window):
     """What is left of visible (B, T, S) where a token sees only the last `window` positions.
 
     slot_positions, slots as in `visible_slots`.  positions (B, T): where the T tokens stand.  With
-    a window of 4 a token at position 13 sees positions 10 to 13, its own among them.
+    a window of 4 a token at position 13 sees positions 10 to 13, its own among them.  (A free
+    slot's -1 does not matter: nobody sees it.)
     """
     all_positions = slot_positions.scatter(1, slots, positions)  # the T tokens' as well
     distance = positions[:, :, None] - all_positions[:, None]  # (B, T, S)
@@ -414,8 +415,9 @@ def draft_tree(heads, tree, root, hidden, embed):
     hidden (B, D): what the heads see of the position that predicted root.  embed: the base's
     input embedding.  Returns tokens (B, N), in node order; nothing is read by the host.  For every
     depth d but the last, head d is called with the n paths to its nodes, the root's token first:
-    heads(d, hidden (B, 1, D), embeddings (B, n, d+1, D)) -> (B, n, V).  A child of rank r is the
-    r-th best guess (0 the best) of its *own parent's* logits.
+    heads(d, hidden (B, 1, D), embeddings (B, n, d+1, D)) -> (B, n, V), from Medusa (B, 1, V), the
+    same for all n.  A child of rank r is the r-th best guess, 0 the best, of its *own parent's*
+    logits.
     """
     tokens = root[:, None]  # (B, 1), and with each level more
     for depth, (level, below) in enumerate(pairwise(tree.levels)):  # two slices of nodes
@@ -438,6 +440,7 @@ def draft_tree(heads, tree, root, hidden, embed):
 # A rule, accept_..., takes the tree's tokens, the base's logits and the tree, and returns the last
 # accepted node and the token after it. It says which nodes pass; `longest_accepted_path` is common
 # to all. It is part of the step: its shapes are fixed, and it reads nothing back to the host.
+# Settings, such as a temperature, are bound to it beforehand (`choose_acceptance`).
 
 
 def longest_accepted_path(passes, tree, score=None):
@@ -471,9 +474,9 @@ def pick(values, node):
 def accept_greedy(tokens, logits, tree):
     """Accept what plain greedy decoding would have written: the argmax passes.
 
-    tokens (B, N), logits (B, N, V): the base's logits at every node.  A node passes when its token
-    is the argmax at its parent.  Returns node (B,), the last of the longest path that passes, and
-    next_token (B,), the base's own choice after it, the bonus token.
+    tokens (B, N), logits (B, N, V): the base's logits at every node, of which only the argmax
+    counts.  A node passes when its token is the argmax at its parent.  Returns node (B,), the last
+    of `longest_accepted_path`, and next_token (B,), the base's choice there, the bonus token.
     """
     wanted = logits.argmax(-1)  # (B, N): after each node
     passes = tokens == wanted[:, tree.parents]  # the root's entry is ignored
@@ -539,7 +542,10 @@ class TreeCache(transformers.Cache):
         self.values = {}
 
     def choose_free_slots(self, count):
-        """Set `slots`, where `count` new tokens go: each row's first free slots, in order."""
+        """Set `slots`, where `count` new tokens go: each row's first free slots, in order.
+
+        `update` writes there, and `commit_path` keeps some of them, until the next forward.
+        """
         taken = self.slot_positions[:, : self.slots_read] >= 0
         # by number, taken ones last; topk returns them sorted
         sort_key = taken * self.num_slots + self.slot_numbers[: self.slots_read]
@@ -583,14 +589,15 @@ def commit_path(slot_positions, slots, positions, kept):
 # ------------------------------------------------------------------------- 7 decode loop
 
 
-CHUNK = 512  # tokens of a prompt that are read at once
+CHUNK = 512  # tokens of a prompt that go through the base at once
 
 
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
-    Rows *run* until the host sees their end; a finished row goes on with the others on the device,
-    where it keeps within its context and its slots, and nobody looks at it any more.
+    A row *runs* until the host sees its end.  A finished row goes on with the others on the device:
+    it commits nothing past max_context, and where too few slots are read for it, its trees
+    overwrite its own text.  Nobody looks at it any more.
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: how many
     tokens, prompt included, a row may grow to.  accept: a rule of section 5 that takes (tokens,
@@ -612,10 +619,9 @@ class Decoder:
         self.window = getattr(config, "sliding_window", None)
         self.layer_types = getattr(config, "layer_types", None)
 
-        # what a step changes, for each row, and always in place: a CUDA graph replays on these
-        # very tensors. N slots more than tokens: a running row's tree always finds room.
-        # A row's text is its `length` committed tokens, then its root, the token chosen last
-        self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
+        # what a step changes, always in place: a CUDA graph replays on these very tensors
+        self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)  # text, then tree
+        # a row's text is its `length` committed tokens, then its root, the token chosen last
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.root = torch.zeros_like(self.length)  # (B,)
         # what the heads see of the last committed token (B, D)
@@ -626,7 +632,7 @@ class Decoder:
         self.length_bound = 0  # the host's upper bound on `length` of running rows
         self.graphs = {}  # slots read: the recorded step, and the tensors it writes
         self.cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
-        # a plain function, called with self: a bound method here would be a reference cycle
+        # called with self: a bound method here would be a cycle, and free memory late
         self.advance_function = compiled_advance(tree) if compile else Decoder.advance
 
     def advance(self, tree):
@@ -650,15 +656,16 @@ class Decoder:
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
         kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
+        # (root and drafts; emitted are drafts and bonus token, as many)
         self.length.add_(num_accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(pick(node_hidden, node))
 
-        # new in the text: the accepted drafts, then the bonus token; the rest is left over
-        # (node 4: sat on a a -> on a a sat -> on a BONUS sat, 3 of them new)
-        drafts = tokens.gather(1, tree.paths[node]).roll(-1, dims=1)  # (B, max_depth+1)
-        new_tokens = drafts.scatter(1, num_accepted[:, None], bonus[:, None])
-        return new_tokens, num_accepted + 1
+        # new in the text: the accepted drafts, then the bonus token. For node 4 of the example
+        path_tokens = tokens.gather(1, tree.paths[node])  # sat on a a
+        drafts = path_tokens.roll(-1, dims=1)  # on a a sat
+        new_tokens = drafts.scatter(1, num_accepted[:, None], bonus[:, None])  # on a BONUS sat
+        return new_tokens, num_accepted + 1  # the first 3 of them
 
     def read(self, network, tokens, positions, mask):
         """One forward over tokens (B, T), whose keys and values go into free slots, cache.slots.
@@ -677,19 +684,20 @@ class Decoder:
         masks = full
         if self.window:
             near = within_window(visible, slot_positions, cache.slots, positions, self.window)
-            masks = additive_mask(near, self.model.dtype)
+            windowed = additive_mask(near, self.model.dtype)
+            masks = windowed
             if self.layer_types:
-                masks = {"full_attention": full, "sliding_attention": masks}
+                masks = {"full_attention": full, "sliding_attention": windowed}
 
         # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
-        # -1, in newer transformers: the last state alone, after the final norm; else True
+        # -1 asks for the last state alone, after the final norm (older transformers give all)
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
-        hidden = out.hidden_states[-1]
+        seen = out.hidden_states[-1]
         if self.heads:  # their prefix layer has no window
-            hidden = self.heads.read_prefix(hidden, attention_mask=full, **kwargs)
-        return out, hidden
+            seen = self.heads.read_prefix(seen, attention_mask=full, **kwargs)
+        return out, seen
 
     @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
@@ -709,16 +717,16 @@ class Decoder:
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
         tokens = input_ids.gather(1, order)[:, :longest]
 
-        # keys and values of all prompts, in chunks, so that masks stay small. Nobody needs logits
-        # yet: a row's last token is not committed, but read once more as the first root
-        for chunk in torch.arange(longest, device=tokens.device).split(CHUNK):
-            positions = chunk.expand(len(tokens), -1)  # (B, T)
-            causal = chunk[:, None] >= chunk  # (T, T)
-            self.read(self.model.base_model, tokens[:, chunk], positions, causal)
+        # keys and values of all prompts, in chunks, so that masks stay small; no logits yet. The
+        # last token of a row is left uncommitted: it is the root of the first step
+        for columns in torch.arange(longest, device=tokens.device).split(CHUNK):
+            positions = columns.expand(len(tokens), -1)  # (B, T)
+            causal = columns[:, None] >= columns  # (T, T)
+            self.read(self.model.base_model, tokens[:, columns], positions, causal)
             kept = positions < prompt_length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
-        # no hidden state is at hand to draft from, so the first step's tree is its root alone
+        # there is no hidden state for heads yet, so that step's tree is its root alone
         self.length.copy_(prompt_length - 1)
         self.root.copy_(pick(tokens, prompt_length - 1))
         first = self.advance(build_tree([]).to(tokens.device))
@@ -727,39 +735,40 @@ class Decoder:
 
     # The same step, faster. Nothing below changes what is decoded.
 
-    def set_slots_read(self):
-        """Read 512 slots, 1024, ... or all: as many as running rows need; a recording for each.
-
-        Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
-        slots do no harm: free ones are masked.  (Fewer do none to a finished row, either: its tree
-        then overwrites text of its own.)
-        """
-        needed = self.length_bound + self.tree.num_nodes
-        power_of_two = 1 << (needed - 1).bit_length()
-        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
-
     @torch.inference_mode()
-    def step(self, length_bound=None):
-        """`advance`, compiled where asked, on a GPU replayed from a recording.
+    def step(self, committed=None):
+        """`advance`, compiled where asked, on a GPU replayed from a recording; returns the same.
 
-        length_bound: a tighter bound than the decoder's own, from a caller who has seen the counts.
-        Returns as `advance`; a replay overwrites what the last one gave.
+        committed: how many tokens a running row has committed at most, from a caller who has seen
+        the counts; else the decoder goes by its own bound.  A replay overwrites the last result.
         """
         require(self.length_bound > 0, "prefill comes before the first step")
-        self.length_bound = length_bound or self.length_bound
+        self.length_bound = committed or self.length_bound
         self.set_slots_read()
-        self.length_bound += self.tree.max_depth + 1  # after this step; it commits no more
+        self.length_bound += self.tree.max_depth + 1  # a step commits at most so many
+
+        # there is a recording for each number of slots
         size = self.cache.slots_read
         if size in self.graphs:
             graph, result = self.graphs[size]
             graph.replay()
             return result
 
-        # recording does not run a step, so the first of its size is taken without, then recorded
+        # recording runs nothing, so the first step of a size is run by itself, then recorded
         result = self.advance_function(self, self.tree)
         if self.cuda_graph:
             self.graphs[size] = self.record()
         return result
+
+    def set_slots_read(self):
+        """Read 512 slots, 1024, ... or all, as many as the longest running row needs.
+
+        Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
+        slots than that do no harm: free ones are masked.
+        """
+        needed = self.length_bound + self.tree.num_nodes
+        power_of_two = 1 << (needed - 1).bit_length()
+        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
 
     def record(self):
         """A CUDA graph of a step, and the tensors it writes."""
@@ -772,11 +781,12 @@ class Decoder:
         return graph, result
 
     def warm_up(self):
-        """A step on trial, which compiles and records; what it changed and drew is put back."""
+        """A step on trial, to compile and record; what it changed on the device is put back."""
         if self.advance_function is Decoder.advance and not self.cuda_graph:
             return
         state = (self.cache.slot_positions, self.length, self.root, self.hidden)
         before = [tensor.clone() for tensor in state]
+        # the random numbers that it draws are put back as well
         with torch.random.fork_rng([self.model.device] if self.root.is_cuda else []):
             self.step()
         for tensor, saved in zip(state, before):
@@ -796,11 +806,11 @@ class Row:
     """One row of a batch, as the host sees it: its new tokens, and whether it still runs."""
 
     def __init__(self, text_length, max_length, eos):
-        self.text_length = text_length  # prompt, new tokens, the next root included
+        self.text_length = text_length  # of prompt and new tokens together
         self.max_length = max_length
         self.eos = eos  # tokens that end it
         self.new_tokens = []
-        self.emitted = []  # for each step how many tokens it gave: accepted drafts + 1
+        self.emitted = []  # for each step its number of tokens, accepted drafts + 1
         self.running = True
 
     def add(self, tokens):
@@ -820,7 +830,7 @@ class Output:
 
     sequences: torch.Tensor  # (B, T'): the prompt as given, from column T new tokens, padding
     new_tokens: list  # for each row its new tokens, without padding
-    emitted: list  # for each row and step its number of tokens, a + 1, not cut at EOS
+    emitted: list  # for each row and step: accepted drafts + 1, not cut at EOS
     seconds: float  # of all steps, prefill left out
 
     @property
@@ -836,14 +846,14 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     require(max_new_tokens > 0, f"{max_new_tokens=} must be 1 or more")
     require(len(input_ids) == 1 or not streamer, "a streamer shows one row: pass a single prompt")
     step_tokens, counts = decoder.prefill(input_ids, attention_mask)
-    lengths = decoder.length.tolist()  # the prompts'; this waits for the prefill
+    lengths = decoder.length.tolist()  # the first step has committed all of each prompt
     eos = end_tokens(decoder.model, eos_token_id)
-    context = decoder.max_context
-    rows = [Row(length, min(length + max_new_tokens, context), eos) for length in lengths]
+    rows = [Row(length, min(length + max_new_tokens, decoder.max_context), eos)
+            for length in lengths]
     if streamer:
         streamer.put(input_ids.cpu())
 
-    start = time.perf_counter()
+    start = time.perf_counter()  # prefill is done, and whatever was compiled or recorded
     running = rows
     while running:
         # the host's one look at a step
@@ -852,7 +862,7 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
             if row.running:
                 row.add(tokens[:count])
 
-        # the next step; of each text all but the last token, its root, is committed
+        # of each text all but its last token, the root, is committed: hence - 1
         running = [row for row in rows if row.running]
         if running:
             step_tokens, counts = decoder.step(max(row.text_length for row in running) - 1)
@@ -929,19 +939,19 @@ def choose_tree(heads, tree):
 def choose_acceptance(accept, temperature, epsilon, delta):
     """The acceptance rule of that name, its settings filled in; a rule of one's own as it is.
 
-    Every rule tends to greedy as the temperature falls, so at 0 that is what one gets.
+    At a temperature of 0, where they would divide by it, sampling and typical are greedy.
     """
     if callable(accept):
         return accept
-    in_range = temperature == 0 or 1e-5 <= temperature < 1e5
-    require(in_range and 0 < epsilon <= 1 and 0 < delta <= 1,
-            f"{temperature=} must be 0 or in 1e-5 .. 1e5, {epsilon=} and {delta=} in (0, 1]")
     rules = {
         "greedy": accept_greedy,
         "sampling": partial(accept_sampling, temperature=temperature),
         "typical": partial(accept_typical, temperature=temperature, epsilon=epsilon, delta=delta),
     }
     require(accept in rules, f"accept must be one of {', '.join(rules)}, not {accept!r}")
+    in_range = temperature == 0 or 1e-5 <= temperature < 1e5
+    require(in_range and 0 < epsilon <= 1 and 0 < delta <= 1,
+            f"{temperature=} must be 0 or in 1e-5 .. 1e5, {epsilon=} and {delta=} in (0, 1]")
     return rules[accept] if temperature else accept_greedy
 
 
@@ -977,34 +987,38 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    get = (vars(config) | rope).get  # a setting of the base, or None
+    setting = (vars(config) | rope).get  # of the base or its RoPE, by name, or None
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
-    other_types = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    other_types = set(setting("layer_types") or ()) - {"full_attention", "sliding_attention"}
 
-    # decoded rightly only while context and tree are short: GPT-Neo's local attention, Doge's
-    # dynamic mask, and longrope, whose frequencies change once a text is long
-    limits = [get("window_size"), get("keep_window_size"),
-              get("rope_type") == "longrope" and get("original_max_position_embeddings")]
+    # what is decoded rightly only while context and tree together are short enough
+    limits = [
+        setting("window_size"),  # GPT-Neo's local attention
+        setting("keep_window_size"),  # Doge's dynamic mask
+        setting("rope_type") == "longrope" and setting("original_max_position_embeddings"),
+    ]
     limit = min(filter(None, limits), default=math.inf)
 
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
     longest = longest_context(model)
-    table = [  # what is wrong if it is true or not empty, and why
+    obstacles = [  # (what must be false or empty, what to say)
+        # of the base
         (missing, f"it does not take {missing}"),
-        (get("alibi"), "with alibi it tells positions by slots"),
-        (get("num_random_blocks"), "its attention is sparse at random"),
+        (setting("alibi"), "with alibi it tells positions by slots"),
+        (setting("num_random_blocks"), "its attention is sparse at random"),  # BigBird
         (other_types, f"it has layers of type {other_types}"),
         (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
+        # of what is asked of it
         (max_context + tree.num_nodes > limit, f"context and tree exceed a window of {limit}"),
         (not 0 < max_context <= longest, f"{max_context=} must lie in 1 .. {longest}"),
         (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
         (tree.max_depth > num_heads, f"the tree is {tree.max_depth} deep, for {num_heads} heads"),
         (tree.num_guesses > vocab, f"{tree.num_guesses} guesses a node of only {vocab} tokens"),
     ]
-    for wrong, why in table:
-        require(not wrong, f"cannot decode with {config.model_type}: {why}")
+    for obstacle, why in obstacles:
+        require(not obstacle, f"cannot decode with {config.model_type}: {why}")
 
 
 # =================================================== Part II: train it, load it, run it
