@@ -728,7 +728,7 @@ class Decoder:
 
         # there is no hidden state for heads yet, so that step's tree is its root alone
         self.length.copy_(prompt_length - 1)
-        self.root.copy_(pick(tokens, prompt_length - 1))
+        self.root.copy_(pick(tokens, self.length))
         first = self.advance(build_tree([]).to(tokens.device))
         self.warm_up()
         return first
