@@ -93,7 +93,7 @@ class HydraConfig:
 
 KINDS = {
     "medusa": dict(grounded=False),
-    "hydra": dict(grounded=True),
+    "hydra": dict(),  # grounded, as HydraConfig is by default
     "hydra++": dict(num_layers=4, prefix_layer=True),
 }
 
@@ -214,9 +214,10 @@ def make_prefix_layer(model):
     config.use_cache = False  # not in training; decoding asks for the cache by name
 
     # it attends to the whole prefix, even where the base's layers have a sliding window
-    config.sliding_window = None
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"]
+    else:
+        config.sliding_window = None
 
     layer = transformers.AutoModel.from_config(config)
     layer.set_input_embeddings(None)  # never used: it is fed hidden states
@@ -320,8 +321,8 @@ def check_choices(choices):
     """Raise ValueError that names the first choice which is not a list of ranks."""
     for choice in choices:
         is_list = isinstance(choice, (list, tuple)) and len(choice) > 0
-        is_choice = is_list and all(type(rank) is int and rank >= 0 for rank in choice)
-        require(is_choice, f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
+        require(is_list and all(type(rank) is int and rank >= 0 for rank in choice),
+                f"choice {choice!r} must be a list of ranks 0, 1, 2, ...")
 
 
 # The released tree, 64 nodes with the root. CHILDREN says how many children a choice has in it,
@@ -378,9 +379,9 @@ def visible_slots(slot_positions, slots, mask):
     tensor([[[1, 1, 1, 0],
              [1, 1, 1, 1]]], dtype=torch.int32)
     """
+    # the committed prefix, the same for each token
     num_tokens = len(mask)
-    committed = slot_positions >= 0  # (B, S)
-    prefix = committed[:, None].expand(-1, num_tokens, -1)  # (B, T, S), for each token
+    prefix = (slot_positions >= 0)[:, None].expand(-1, num_tokens, -1)  # (B, T, S)
 
     # among themselves: column j of the mask goes to the slot of token j
     slot_of_column = slots[:, None].expand(-1, num_tokens, -1)  # (B, T, T)
@@ -907,10 +908,10 @@ def generate(model, heads, input_ids, *, tree=None, accept="greedy", temperature
     Returns an Output.  Raises ValueError for what cannot be done as asked.
     """
     tree = choose_tree(heads, tree)
-    rule = choose_acceptance(accept, temperature, epsilon, delta)
+    accept = choose_acceptance(accept, temperature, epsilon, delta)
     if max_context is None:
-        max_context = min(input_ids.shape[-1] + max_new_tokens, longest_context(model))
-    decoder = Decoder(model, heads, tree, len(input_ids), max_context, rule,
+        max_context = min(input_ids.shape[-1] + max(max_new_tokens, 1), longest_context(model))
+    decoder = Decoder(model, heads, tree, len(input_ids), max_context, accept,
                       cuda_graph=cuda_graph, compile=compile)
     return decode(decoder, input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
                   eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer)
@@ -1002,9 +1003,9 @@ def check_fit(model, heads, tree, max_context):
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
-    longest = longest_context(model)
     obstacles = [  # (what must be false or empty, what to say)
         # of the base
+        (model._is_stateful, "its layers carry a running state"),
         (missing, f"it does not take {missing}"),
         (setting("alibi"), "with alibi it tells positions by slots"),
         (setting("num_random_blocks"), "its attention is sparse at random"),  # BigBird
@@ -1012,7 +1013,8 @@ def check_fit(model, heads, tree, max_context):
         (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
         # of what is asked of it
         (max_context + tree.num_nodes > limit, f"context and tree exceed a window of {limit}"),
-        (not 0 < max_context <= longest, f"{max_context=} must lie in 1 .. {longest}"),
+        (not 0 < max_context <= longest_context(model),
+         f"{max_context=} must lie in 1 .. {longest_context(model)}"),
         (made_for != (vocab, width), f"its V, D are {(vocab, width)}, but the heads' {made_for}"),
         (tree.max_depth > num_heads, f"the tree is {tree.max_depth} deep, for {num_heads} heads"),
         (tree.num_guesses > vocab, f"{tree.num_guesses} guesses a node of only {vocab} tokens"),
@@ -1124,7 +1126,8 @@ def fit(module, losses, token_ids, *, labels=None, steps, batch_size=8, seq_len=
     text = torch.stack([token_ids, token_ids if labels is None else labels]).long()
     parameters = list(module.parameters())
     dtype, device = parameters[0].dtype, parameters[0].device
-    half = torch.autocast(device.type, torch.bfloat16, device.type == "cuda" or dtype != torch.float)
+    in_bf16 = device.type == "cuda" or dtype != torch.float
+    half = torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
     set_dtype(module.train(), torch.float)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True)
     schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(
@@ -1222,7 +1225,8 @@ def load(name=None, heads=None, device=None, dtype=None):
         where = dict(distributed_config=shards)
 
     if name is None:
-        name = read_config(heads)["base_model_name_or_path"] if heads else "demo"
+        name = read_config(heads).get("base_model_name_or_path") if heads else "demo"
+        require(name, f"{heads} names no base: give --model")
     if name == "demo":
         name = demo_folder()
         require(name.exists(), "the demo is not there yet: python hydra.py trains it, once")
@@ -1315,17 +1319,20 @@ def decoding(heads, *, tree=None, streamer=None, **options):
     ValueError names what no tree can serve, such as beams or penalties, which read the text so far.
     """
 
-    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config,
-               attention_mask=None, past_key_values=None, **kwargs):
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        attention_mask = kwargs.pop("attention_mask", None)
+        past_key_values = kwargs.pop("past_key_values", None)
         config = generation_config
         mode = config.get_generation_mode().value
-        can_do = ("Warper", "MaxLengthCriteria", "EosTokenCriteria", "greedy_search", "sample",
-                  "use_cache", "cache_position", "logits_to_keep")
+        can_do = ("Warper", "MaxLengthCriteria", "EosTokenCriteria", "use_cache",
+                  "cache_position", "position_ids", "logits_to_keep")
         asked = [type(part).__name__ for part in [*logits_processor, *stopping_criteria]]
-        asked += [mode, *kwargs]
+        asked += kwargs
         asked += [name for name, value in vars(config).items() if "output_" in name and value]
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             asked.append("past_key_values")
+        if mode not in ("greedy_search", "sample"):
+            asked.append(mode)
         refused = [name for name in asked if not name.endswith(can_do)]
         require(not refused, f"decoding with a tree cannot honour {', '.join(refused)}")
 
@@ -1455,7 +1462,7 @@ class ColourStreamer(transformers.TextStreamer):
 
     def put(self, value):
         """The prompt, or a step's tokens: accepted drafts, then the bonus token."""
-        tokens = value.flatten().split(1)
+        tokens = value.split(1)
         for token in tokens:
             super().put(token)  # prints the word before, in the last token's colour
             self.green = token is not tokens[-1]
@@ -1557,7 +1564,8 @@ def run(args):
         say(figures(f"{tree.num_nodes} nodes", out), comparison(out, plain, args.accept), sep="\n")
 
     say(f"{distinct_4_grams(out.new_tokens[0]):.0%} of the text's 4-grams are distinct")
-    sizes = [sum(weight.nbytes for weight in part.parameters()) >> 20 for part in (model, heads) if part]
+    sizes = [sum(weight.nbytes for weight in part.parameters()) >> 20
+             for part in (model, heads) if part]
     say(f"MiB: base {sizes[0]}, heads {sum(sizes[1:])}")
     if model.device.type == "cuda":
         say(f"MiB on the GPU at most: {torch.cuda.max_memory_allocated() >> 20}")

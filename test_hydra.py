@@ -12,6 +12,7 @@
     python test_hydra.py --grade my_solution.py        10 points for each exercise that passes
                                                        all of its tests; --json prints JSON
     python test_hydra.py --steps                       what a decode step costs on this machine
+    python test_hydra.py --compare                     Medusa, Hydra and Hydra++ side by side
 
 An exercise's tests carry its name. Expected values come from literals, from slow loops written
 straight from the definitions, and from `model.generate`, never from the function under test.
@@ -36,6 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +55,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.benchmark import Timer
+from tqdm.auto import tqdm
 
 hydra = importlib.import_module(os.environ.get("HYDRA", "hydra"))
 reference = importlib.import_module(os.environ["HYDRA_REF"]) if "HYDRA_REF" in os.environ else None
@@ -1686,9 +1689,9 @@ def test_decode_loop_names_the_option_where_no_graph_can_be_recorded(monkeypatch
         yield
         raise RuntimeError("it asked the host")
 
+    model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "graph", record)
-    model, ids = base("llama"), torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="no CUDA graph.*--no-cuda-graph: it asked the host"):
         hydra.generate(model, make_heads("hydra", model), ids, cuda_graph=True)
 
@@ -1839,23 +1842,33 @@ def test_decode_loop_cuda_graph_writes_what_steps_without_it_write(accept, lengt
 def asking(tokens, logits, tree):
     """A rule that lets the host wait for the GPU, which no graph can hold."""
     assert tokens.min().item() >= 0
-    return hydra.accept_sampling(tokens, logits, tree, temperature=1.0)
+    return hydra.accept_greedy(tokens, logits, tree)
+
+
+def generate_without_a_graph(name):
+    """What the next test does in a process of its own: print an error, then a text and its oracle.
+
+    Of its own, since torch leaves CUDA's random numbers unusable where a recording failed.
+    """
+    model, (prompt,) = base(name, device="cuda"), random_prompts(53, 5)
+    heads, ids = make_heads("hydra", model), torch.tensor([prompt], device="cuda")
+    options = dict(max_new_tokens=40, accept=asking, eos_token_id=None)
+    try:
+        hydra.generate(model, heads, ids, **options)
+    except ValueError as error:
+        print(error)
+    output = hydra.generate(model, heads, ids, cuda_graph=False, **options)
+    print(assert_greedy(model, [prompt], output, 40))
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_decode_loop_cuda_names_the_option_where_no_graph_can_be_recorded(name):
-    model, prompts = base(name, device="cuda"), random_prompts(53, 5, 9)
-    ids, mask = pad(prompts, "left", "cuda")
-    heads, texts = make_heads("hydra", model), []
-    options = dict(attention_mask=mask, max_new_tokens=40, accept=asking)
-    with pytest.raises(ValueError, match="no CUDA graph.*--no-cuda-graph"):
-        hydra.generate(model, heads, ids, **options)
-    for seed in (1, 1, 2):  # and with the option all is well, random numbers included
-        torch.manual_seed(seed)
-        texts.append(hydra.generate(model, heads, ids, cuda_graph=False, **options).new_tokens)
-        assert not torch.equal(*torch.rand(2, 9, device="cuda"))
-    assert texts[0] == texts[1] != texts[2]
+    code = f"import test_hydra; test_hydra.generate_without_a_graph({name!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    error, tied = done.stdout.splitlines()
+    assert "no CUDA graph" in error and "--no-cuda-graph" in error and tied == "[]", done.stderr
 
 
 def test_decode_loop_prefill_takes_any_mask_but_zero_as_a_token():
@@ -2915,7 +2928,7 @@ def test_models_decoding_refuses_stop_strings(folder):
 def test_models_decoding_refuses_embeddings_in_place_of_tokens():
     model = base("llama")
     embeddings = model.get_input_embeddings()(torch.ones(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=embeddings, max_new_tokens=4, pad_token_id=0, eos_token_id=3,
                        custom_generate=hydra.decoding(make_heads("hydra", model)))
 
@@ -3651,40 +3664,533 @@ def test_steps_table_has_a_line_for_each_batch_and_tree(capsys):
 
 
 # ------------------------------------------------------------------------------------- the lab
-#
-#   --compare goes here: its table, replayed trees and study, and their tests
+
+TABLE = """\
+                          tokens     ms tokens     x distinct    as         real
+method              nodes  /step  /step     /s plain  4-grams plain sampled text"""
+LINE = "{:20.20}{:>5}{:>7}{:>7}{:>7}{:>6}{:>9}{:>6}{:>8}{:>5}"
+BASELINES = {  # what transformers itself offers
+    "model.generate": {},
+    "prompt lookup": dict(prompt_lookup_num_tokens=10),
+    "static cache": dict(cache_implementation="static"),
+}
+progress = partial(tqdm, delay=3, leave=False, disable=None)  # a bar, if it takes that long
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py, or "
-                                     "time its steps; the tests themselves: pytest.")
+def replay(ranks, choices):
+    """Tokens per step that decoding would give, from ranks (B, M, K) along what it would write.
+
+    A step accepts the longest choice that the ranks at its position start with; the next step
+    stands behind the tokens of this one.
+
+    >>> ranks = torch.tensor([[[0, 0], [1, 0], [0, 0], [0, 1], [0, 0]]])
+    >>> replay(ranks, [[0], [1], [0, 0]])  # 3 tokens, then 2: [0, 1] is no choice
+    2.5
+    """
+    choices = set(map(tuple, choices))
+    emitted = []
+    for row in ranks.tolist():
+        while row:
+            paths = itertools.accumulate((rank,) for rank in row[0])  # (r0,), (r0, r1), ...
+            emitted.append(1 + sum(path in choices for path in paths))
+            row = row[emitted[-1] :]
+    return sum(emitted) / max(len(emitted), 1)
+
+
+def read_prompts(path, count):
+    """At most count prompts of a file, evenly spread: MT-Bench is sorted by category."""
+    (text,) = hydra.read_texts([path])
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if Path(path).suffix == ".jsonl":
+        try:
+            prompts = [json.loads(line)["turns"][0] for line in prompts]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f'{path}: each line must be {{"turns": ["...", ...]}}') from error
+    hydra.require(prompts, f"{path} holds no prompts")
+    return prompts[:: max(1, len(prompts) // count)][:count]
+
+
+def read_inputs(args, model, tokenizer, is_demo):
+    """Ids to train on and to choose trees with; prompts, (1, T) each; and real text (n, T).
+
+    Without a text there are no ids, and the real text is None: --heads and --prompts need none.
+    """
+    texts = hydra.read_texts(args.train or [])
+    if is_demo and not texts:
+        texts = [hydra.demo_text()]
+    train_ids, tree_ids, rest = hydra.encode(tokenizer, texts)
+    real_text = hydra.cut(rest, 16, 160, model.device) if texts else None
+    if not args.train:  # the demo's base and its Hydra++ heads have learned all of its text
+        train_ids = tree_ids = torch.cat([train_ids, tree_ids, rest])
+
+    if args.prompts:
+        is_chat = bool(tokenizer.chat_template)
+        lines = read_prompts(args.prompts, args.num_prompts)
+        prompts = [hydra.encode_prompt(tokenizer, line, is_chat) for line in lines]
+    else:
+        prompts = hydra.cut(rest, args.num_prompts, 32, model.device).split(1)
+    return train_ids, tree_ids, [ids.to(model.device) for ids in prompts], real_text
+
+
+def decode_all(args, model, prompts, max_context, heads, tree, rule, compile=False):
+    """Decode prompts (1, T) one at a time, with one Decoder: their Outputs, joined to one."""
+    decoder = hydra.Decoder(model, heads, tree, 1, max_context, rule,
+                            cuda_graph=args.cuda_graph, compile=compile)
+
+    # a step is compiled and recorded for each number of slots: all of them before the clock runs
+    decoder.prefill(prompts[0])
+    for length in (*range(1, max_context, 256), max_context):
+        decoder.step(length)
+
+    torch.manual_seed(0)
+    total = hydra.Output(None, [], [], 0.0)
+    for ids in progress(prompts, "decoding"):
+        out = hydra.decode(decoder, ids, max_new_tokens=args.max_new_tokens)
+        total.new_tokens += out.new_tokens
+        total.emitted += out.emitted
+        total.seconds += out.seconds
+    return total
+
+
+def rate(out):
+    """Tokens a second of such an Output; prefill gave the first token of each row."""
+    num_tokens = sum(map(len, out.new_tokens)) - len(out.new_tokens)
+    return num_tokens / max(out.seconds, 1e-9)
+
+
+def generate_rate(model, prompts, **options):
+    """Tokens a second of `model.generate`; the step that reads the prompt counts, and its token."""
+    for _ in range(2):  # a static cache compiles the first time, which is not counted
+        num_tokens = 0
+        start = time.perf_counter()
+        for ids in progress(prompts, "model.generate"):
+            mask = torch.ones_like(ids)
+            text = model.generate(ids, attention_mask=mask, do_sample=False, **options)
+            num_tokens += text.shape[1] - ids.shape[1]
+        text.tolist()  # a GPU is done when this is read
+    return num_tokens / (time.perf_counter() - start)
+
+
+def figures(name, tree, out, plain, sampled="-", on_text="-"):
+    """A method's line: its Output beside plain decoding's, and two figures of other text."""
+    rows = out.new_tokens
+    num_steps = sum(map(len, out.emitted))
+    milliseconds = 1000 * out.seconds / max(num_steps, 1)
+    gain = rate(out) / (rate(plain) or math.nan)
+    distinct = sum(map(hydra.distinct_4_grams, rows)) / len(rows)
+    num_equal = sum(map(list.__eq__, rows, plain.new_tokens))
+    return LINE.format(
+        name,
+        tree.num_nodes,
+        f"{out.tokens_per_step:.2f}",
+        f"{milliseconds:.2f}",
+        f"{rate(out):.0f}",
+        f"{gain:.2f}",
+        f"{distinct:.0%}",
+        f"{num_equal}/{len(rows)}",
+        sampled,
+        on_text,
+    )
+
+
+def about(args, model, num_prompts):
+    """What is compared, in two lines."""
+    name = Path(model.config.name_or_path).name
+    device = f"{torch.get_num_threads()}-thread CPU"
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    rule = "greedy" if args.accept == "greedy" else f"{args.accept} at {args.temperature:g}"
+    return (f"{name}, {model.dtype}, {device}, torch {torch.__version__}\n"
+            f"{num_prompts} prompts, {args.max_new_tokens} new tokens each, {rule}")
+
+
+def print_table(args, model, methods, prompts, real_text, rule, decode):
+    """A line for plain decoding, two for each of methods (name, heads), as soon as it is known.
+
+    real_text: ids (n, T) to replay trees on, or None.  decode: `decode_all` for these prompts.
+    """
+    say = partial(print, flush=True)
+    say(about(args, model, len(prompts)))
+    say(TABLE)
+
+    # the same loop with a tree of one node: what all others are measured against
+    one_node = hydra.build_tree([])
+    plain = decode(None, one_node, rule, args.compile)
+    say(figures("plain", one_node, plain, plain))
+
+    for name, heads in methods:
+        # the paper's tree, as far as these heads reach, is that of heads without one of their own
+        bare = copy.copy(heads)
+        bare.choices = None
+        usual = hydra.choose_tree(bare, None)
+        ranks = None if real_text is None else hydra.head_ranks(model, heads, real_text)
+        for label, tree in ((name, heads.choices), (f"{name:.12}, mc_sim", usual)):
+            if tree is None:  # as released
+                continue
+            tree = hydra.choose_tree(heads, tree)
+            out = decode(heads, tree, rule, args.compile)
+
+            # greedy text repeats itself, which flatters every method; drawn and real text do not
+            drawn = decode(heads, tree, partial(hydra.accept_sampling, temperature=1.0))
+            on_text = "-" if ranks is None else f"{replay(ranks, tree.choices):.2f}"
+            say(figures(label, tree, out, plain, f"{drawn.tokens_per_step:.2f}", on_text))
+
+    # in another loop than ours: how fast, and no more
+    for name, options in BASELINES.items() if args.baselines else ():
+        speed = generate_rate(model, prompts[:4], max_new_tokens=args.max_new_tokens, **options)
+        gain = speed / (rate(plain) or math.nan)
+        say(LINE.format(name, *"---", f"{speed:.0f}", f"{gain:.2f}", *"----"))
+
+
+def compare(args):
+    """--compare: train the draft heads that are missing, decode with all, print the table."""
+    is_demo = args.model == "demo" or not (args.model or args.heads)
+    is_enough = is_demo or args.train or (args.heads and args.prompts)
+    is_paired = bool(args.train) == bool(args.save)
+    advice = "give --train TEXT with --save FOLDER, or --heads with --prompts FILE"
+    hydra.require(is_enough and is_paired, advice)
+    is_positive = min(args.num_prompts, args.max_new_tokens) > 0
+    hydra.require(is_positive, "--num-prompts and --max-new-tokens must be 1 or more")
+    rule = hydra.choose_acceptance(args.accept, args.temperature, epsilon=0.09, delta=0.3)
+    transformers.utils.logging.disable_progress_bar()
+    if is_demo and not hydra.demo_folder().exists():
+        print("test_hydra.py: training the demo, once: two or three minutes", file=sys.stderr)
+        hydra.train_demo(args.device or "cpu")
+
+    # read all there is, and see whether it fits, before anything is trained
+    paths = args.heads or []
+    first = paths[0] if paths else None  # names the base, if --model does not
+    model, _, tokenizer = hydra.load(args.model, first, args.device, args.dtype)
+    methods = []
+    for path in paths:
+        methods.append((Path(path).name, hydra.DraftHeads.from_pretrained(path, model)))
+    train_ids, tree_ids, prompts, real_text = read_inputs(args, model, tokenizer, is_demo)
+    max_context = max(ids.shape[1] for ids in prompts) + args.max_new_tokens
+    hydra.check_fit(model, None, hydra.build_tree([]), max_context)
+
+    # each kind is saved when it is trained, so that an interrupted run goes on
+    defaults = hydra.DEMO_TRAINING if is_demo else dict(batch_size=8, seq_len=128, lr=1e-3)
+    training = {name: getattr(args, name) or default for name, default in defaults.items()}
+    for kind in args.kinds if len(train_ids) else ():
+        torch.manual_seed(0)  # first weights are drawn
+        folder = Path(args.save or hydra.demo_folder(), kind)
+        heads = hydra.make_heads(kind, model, train_ids, tree_ids, folder, args.num_heads,
+                                 steps=args.steps_of_training, **training)
+        methods.append((kind, heads))
+
+    decode = partial(decode_all, args, model, prompts, max_context)
+    print_table(args, model, methods, prompts, real_text, rule, decode)
+    return 0
+
+
+def add_compare_options(parser):
+    """Options of `compare`; --model, --compile and --no-cuda-graph it shares with --steps."""
+    add = parser.add_argument_group("for --compare").add_argument
+    add("--heads", nargs="+", metavar="DIR_OR_REPO", help="draft heads that are there already")
+    add("--prompts", metavar="FILE", help="MT-Bench's .jsonl, or text with a prompt a line "
+        "(default: windows of the last 5 percent of the text)")
+    add("--train", nargs="+", metavar="TEXT", help="files to train heads on (demo: its own text)")
+    add("--save", metavar="DIR", help="folder for these heads, with a folder for each kind")
+    add("--kinds", nargs="+", choices=hydra.KINDS, default=[*hydra.KINDS], help="default: all")
+    add("--accept", choices=["greedy", "sampling", "typical"], default="greedy")
+    add("--dtype", choices=["float32", "float16", "bfloat16"])
+    add("--device", help="default: cuda if there is one")
+    add("--baselines", action="store_true", help="also model.generate's own ways, on 4 prompts")
+    for name, default in (("--num-prompts", 8), ("--max-new-tokens", 128), ("--temperature", 1.0),
+                          ("--steps-of-training", 600), ("--num-heads", 4)):
+        add(name, type=type(default), default=default, help=f"default: {default}")
+    for name, kind in (("--batch-size", int), ("--seq-len", int), ("--lr", float)):
+        add(name, type=kind, help="of training; default: as in hydra.py")
+
+
+# ------------------------------------------------------------------- tests of the comparison
+
+
+@pytest.mark.parametrize("ranks, choices, tokens_per_step", [
+    ([[[0, 0]] * 6], [[0], [0, 0]], 3),
+    ([[[0, 0]] * 6], [[0]], 2),
+    ([[[0, 0]] * 6], [], 1),
+    ([[[0, 0], [1, 0], [0, 0], [0, 1], [0, 0]]], [[0], [1], [0, 0]], 5 / 2),  # 3 tokens, then 2
+    ([[[1, 0], [0, 0], [9, 0]]], [[0], [0, 0]], 4 / 2),  # 1, then 3; [9, 0] is passed over
+    ([[[0, 5], [0, 0], [0, 0], [4, 0]], [[4, 4]] * 4], [[0], [0, 0]], 9 / 6),  # 2, 3; 1, 1, 1, 1
+])
+def test_lab_replay_counts_the_positions_where_steps_begin(ranks, choices, tokens_per_step):
+    assert replay(torch.tensor(ranks), choices) == tokens_per_step
+
+
+def test_lab_replay_of_nothing():
+    assert replay(torch.zeros(2, 0, 4), SEVEN) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lab_replay_equals_real_decoding(kind):
+    model = base("llama")
+    heads = make_heads(kind, model)
+    choices = [[rank] for rank in range(20)] + [[rank, 1] for rank in range(20)]
+    ids = torch.tensor(random_prompts(3, 4, 4, 4))
+    out = hydra.generate(model, heads, ids, tree=choices, max_new_tokens=92)
+    ranks = hydra.head_ranks(model, heads, out.sequences)[:, 3:]  # from the first step's position
+
+    counts = []
+    for row in out.emitted:
+        starts = itertools.accumulate(row, initial=0)
+        counts += [count for count, start in zip(row, starts) if start < ranks.shape[1]]
+    assert {1, 2, 3} == {*counts}
+    assert replay(ranks, choices) == sum(counts) / len(counts)
+
+
+def test_lab_prompts_are_spread_over_the_file(tmp_path):
+    lines = [json.dumps({"question_id": k, "turns": [f"prompt {k}", "more"]}) for k in range(80)]
+    (tmp_path / "bench.jsonl").write_text("\n".join(lines))
+    prompts = read_prompts(tmp_path / "bench.jsonl", 8)
+    assert prompts == [f"prompt {k}" for k in range(0, 80, 10)]
+
+
+def test_lab_prompts_stand_in_the_lines_of_a_text(tmp_path):
+    (tmp_path / "prompts.txt").write_text("the tree\n\nof \"the\" tokens\n")
+    assert read_prompts(tmp_path / "prompts.txt", 8) == ["the tree", 'of "the" tokens']
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"turns": []}', '{"prompt": "a"}'])
+def test_lab_prompts_that_are_none_name_the_file(line, tmp_path):
+    (tmp_path / "bench.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="bench.jsonl: each line must be .*turns"):
+        read_prompts(tmp_path / "bench.jsonl", 1)
+
+
+def test_lab_figures_are_counted_from_the_outputs():
+    plain = hydra.Output(None, [[1] * 6, [7, 8]], [[1] * 5, [1]], 2.0)
+    drafted = hydra.Output(None, [[1] * 6, [7, 9]], [[3, 2], [2]], 0.5)
+    one_node, seven = hydra.build_tree([]), hydra.build_tree(SEVEN)
+
+    # a row's first token is prefill's; rows with 3 and 0 4-grams, 1 of them distinct
+    line = figures("plain", one_node, plain, plain)
+    assert line.split() == ["plain", "1", "1.00", "333.33", "3", "1.00", "17%", "2/2", "-", "-"]
+    line = figures("drafted", seven, drafted, plain, "1.50", "2.50")
+    assert line.split()[1:] == [
+        "7", "2.33", "166.67", "12", "4.00", "17%", "1/2", "1.50", "2.50"]
+
+
+@pytest.fixture
+def lab(capsys, monkeypatch):
+    """`python test_hydra.py --compare` on a CPU: exit code, lines of the table, of the rest."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+    def run(*args):
+        code = main([*map(str, ["--compare", "--device", "cpu", *args])])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def prompt_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("the tree\nof the tokens\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """A text long enough for its last 5 percent to be measured with."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(["the", "tree", "of", "tokens"], k=4000)))
+    return path
+
+
+def method(line):
+    return line[:20].strip()
+
+
+def test_lab_table_of_given_heads(folder, prompt_file, tmp_path, lab):
+    released = tmp_path / "a-name-as-long-as-any-on-the-hub"
+    shutil.copytree(folder / "heads", released)
+    (released / "tree.json").unlink()
+    code, lines, _ = lab("--model", folder, "--heads", folder / "heads", released, "--prompts",
+                         prompt_file, "--max-new-tokens", 12, "--baselines")
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert lines[:2] == [
+        f"{folder.name}, torch.float32, {torch.get_num_threads()}-thread CPU, "
+        f"torch {torch.__version__}", "2 prompts, 12 new tokens each, greedy"]
+
+    rows = [(method(line), *line[20:].split()) for line in lines[4:]]
+    assert [row[:2] for row in rows] == [
+        ("plain", "1"), ("heads", "5"), ("heads, mc_sim", "64"), ("a-name-as-lo, mc_sim", "64"),
+        ("model.generate", "-"), ("prompt lookup", "-"), ("static cache", "-")]
+    assert rows[0][2] == rows[0][5] == "1.00"
+    assert {row[7] for row in rows[:4]} == {"2/2"}  # as plain
+    assert {row[9] for row in rows[:4]} == {"-"}  # there is no real text
+    assert all(float(row[8]) >= 1 for row in rows[1:4])  # sampled
+    assert all(float(row[4]) > 0 and [*row[6:]] == ["-"] * 4 for row in rows[4:])
+
+
+def test_lab_trains_what_is_missing(folder, text_file, tmp_path, lab, monkeypatch):
+    titles, fit = [], hydra.fit
+
+    @wraps(fit)
+    def recorded(*args, title, **options):
+        titles.append(title)
+        assert options == dict(steps=2, batch_size=3, seq_len=32, lr=1e-3, labels=None)
+        return fit(*args, title=title, **options)
+
+    monkeypatch.setattr(hydra, "fit", recorded)
+    monkeypatch.setattr(hydra, "fastest_tree", lambda *_: [[0], [0, 1]])  # a minute's work
+    args = ("--model", folder, "--train", text_file, "--save", tmp_path, "--steps-of-training", 2,
+            "--batch-size", 3, "--seq-len", 32, "--num-heads", 3, "--num-prompts", 2,
+            "--max-new-tokens", 8)
+    code, lines, _ = lab(*args, "--kinds", "medusa", "hydra")
+    assert code == 0 and titles == ["medusa", "hydra"]
+    assert all(float(line.split()[-1]) >= 1 for line in lines[5:])  # real text
+
+    code, lines, _ = lab(*args)
+    assert code == 0 and titles == ["medusa", "hydra", "hydra++"]
+    assert list(map(method, lines[4:])) == [
+        "plain", "medusa", "medusa, mc_sim", "hydra", "hydra, mc_sim", "hydra++",
+        "hydra++, mc_sim"]
+    assert all(" 2/2 " in line for line in lines[4:])
+    for kind in KINDS:
+        _, heads, _ = hydra.load(folder, tmp_path / kind, "cpu")
+        assert heads.choices and heads.config == hydra.HydraConfig(3, **KINDS[kind])
+
+
+def test_lab_demo_teaches_all_kinds_what_its_own_heads_learned(folder, tmp_path, lab, monkeypatch):
+    def train_demo(device):
+        shutil.copytree(folder, hydra.demo_folder())
+        shutil.copytree(folder / "heads", hydra.demo_folder() / "hydra++")
+
+    def make_heads(kind, model, train_ids, tree_ids, path, num_heads, **options):
+        heard.append((kind, len(train_ids), len(tree_ids), path, num_heads, options))
+        return hydra.DraftHeads.from_pretrained(folder / "heads", model)
+
+    heard = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hydra, "train_demo", train_demo)
+    monkeypatch.setattr(hydra, "make_heads", make_heads)
+    code, lines, errors = lab("--max-new-tokens", 4, "--num-prompts", 1, "--lr", 0.5)
+    assert code == 0 and len(lines) == 11 and "training the demo" in errors[0]
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer(hydra.demo_text()).input_ids)
+    options = dict(steps=600) | hydra.DEMO_TRAINING | dict(lr=0.5)
+    assert heard == [
+        (kind, size, size, hydra.demo_folder() / kind, 4, options) for kind in KINDS]
+
+
+def test_lab_decodes_as_asked(folder, prompt_file, lab, monkeypatch):
+    """Sampled figures know no speed, so nobody waits for their step to be compiled."""
+    class Recorded(hydra.Decoder):
+        def __init__(self, model, heads, tree, batch_size, max_context, accept, **options):
+            heard.append((tree.num_nodes, max_context, getattr(accept, "func", accept), options))
+            super().__init__(model, heads, tree, batch_size, max_context, accept)
+
+    heard = []
+    monkeypatch.setattr(hydra, "Decoder", Recorded)
+    code, *_ = lab("--model", folder, "--heads", folder / "heads", "--prompts", prompt_file,
+                   "--max-new-tokens", 8, "--accept", "typical", "--compile", "--no-cuda-graph")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    context = len(tokenizer("of the tokens").input_ids) + 8
+    asked = (context, hydra.accept_typical, dict(cuda_graph=False, compile=True))
+    drawn = (context, hydra.accept_sampling, dict(cuda_graph=False, compile=False))
+    assert code == 0 and heard == [
+        (1, *asked), (5, *asked), (5, *drawn), (64, *asked), (64, *drawn)]
+
+
+def test_lab_compiles_and_records_before_the_clock_runs(monkeypatch):
+    """A step for each number of slots that is read comes before the steps that are timed."""
+    seen, step = [], hydra.Decoder.step
+
+    def recorded(decoder, *args):
+        result = step(decoder, *args)
+        seen.append(decoder.cache.slots_read)
+        return result
+
+    monkeypatch.setattr(hydra.Decoder, "step", recorded)
+    model = base("llama", max_position_embeddings=600)
+    settings = SimpleNamespace(cuda_graph=False, max_new_tokens=60)
+    prompts = torch.tensor(random_prompts(1, 500)).split(1)
+    heads, tree = make_heads("hydra", model), hydra.build_tree(SEVEN)
+    out = decode_all(settings, model, prompts, 560, heads, tree, None)
+    timed = seen[-len(out.emitted[0]):]
+    untimed = seen[:-len(timed)]
+    assert {*untimed} == {*timed} == {512, 567}
+
+
+def test_lab_draws_the_same_in_every_run():
+    model = base("llama")
+    settings = SimpleNamespace(cuda_graph=False, max_new_tokens=20)
+    prompts = torch.tensor(random_prompts(2, 3, 3)).split(1)
+    rule = partial(hydra.accept_sampling, temperature=1.0)
+    runs = [decode_all(settings, model, prompts, 30, None, hydra.build_tree([]), rule)
+            for _ in range(2)]
+    assert runs[0].new_tokens == runs[1].new_tokens
+    assert runs[0].new_tokens[0] != runs[0].new_tokens[1]
+
+
+GIVEN = ["--model", "{folder}", "--heads", "{folder}/heads"]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--model", "{folder}"], "--train TEXT"),
+    (GIVEN, "--prompts FILE"),
+    (["--model", "{folder}", "--train", "{text}"], "--save FOLDER"),
+    (["--heads", "{folder}/none", "--prompts", "{prompts}"], "cannot load draft heads"),
+    ([*GIVEN, "--prompts", "{folder}/none"], "No such file"),
+    ([*GIVEN, "--prompts", "{prompts}"], "must lie in 1 .. 128"),
+    (["--num-prompts", "0"], "--num-prompts"),
+    (["--accept", "typical", "--temperature", "-1"], "temperature=-1.0 must"),
+    (["--model", "{folder}", "--train", "{prompts}", "--save", "x"], "held-out tokens"),
+])
+def test_lab_refuses_in_one_line(args, message, folder, prompt_file, text_file, lab, monkeypatch):
+    monkeypatch.setattr(hydra, "make_heads", lambda *_, **__: pytest.fail("it trains"))
+    names = dict(folder=folder, text=text_file, prompts=prompt_file)
+    code, out, err = lab(*(arg.format(**names) for arg in args))
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("test_hydra.py: ") and message in err[0]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py; the "
+                                     "lab: compare draft heads, time steps. The tests: pytest.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--handout", action="store_true", help="print hydra.py without the answers")
     what.add_argument("--grade", metavar="FILE", help="print the points of a filled-in handout")
     parser.add_argument("--json", action="store_true", help="one JSON object, for an autograder")
     parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS",
                         help="for each exercise, start-up included (default: 60)")
+    what.add_argument("--compare", action="store_true", help="train the draft heads that are "
+                      "missing, decode with all, print a table")
     what.add_argument("--steps", action="store_true", help="print what a decode step costs here; "
                       "without --model: with random weights of Vicuna-7B's shapes")
+    both = parser.add_argument_group("for --compare and --steps")
+    both.add_argument("--model", help="as for hydra.py")
+    both.add_argument("--compile", action="store_true", help="pass the step through torch.compile")
+    both.add_argument("--no-cuda-graph", action="store_const", const=False, dest="cuda_graph")
+    add_compare_options(parser)
     timed = parser.add_argument_group("for --steps")
-    timed.add_argument("--model", help="a model with heads, as for hydra.py")
     timed.add_argument("--batches", type=int, nargs="+", default=[1], help="default: 1")
     timed.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 64],
                        help="nodes of the trees; default: 1 16 64")
-    timed.add_argument("--compile", action="store_true", help="pass the step through torch.compile")
-    timed.add_argument("--no-cuda-graph", action="store_const", const=False, dest="cuda_graph")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.handout:
         print(handout(), end="")
         return 0
-    if args.steps:
-        torch.set_num_threads(os.cpu_count())
+    if args.grade:
+        return grade_file(args.grade, args.timeout, args.json)
+    torch.set_num_threads(os.cpu_count())
+    try:
+        if args.compare:
+            return compare(args)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, heads = hydra.load(args.model)[:2] if args.model else random_7b(device)
         print_steps(model, heads, args.batches, args.sizes, compile=args.compile,
                     cuda_graph=args.cuda_graph)
         return 0
-    return grade_file(args.grade, args.timeout, args.json)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"test_hydra.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
