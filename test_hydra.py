@@ -4150,8 +4150,8 @@ def test_lab_refuses_in_one_line(args, message, folder, prompt_file, text_file, 
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py; the "
-                                     "lab: compare draft heads, time steps. The tests: pytest.")
+    parser = argparse.ArgumentParser(description="Hand out and grade the exercises of hydra.py; "
+                                     "the lab: compare draft heads, time steps. Tests: pytest.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--handout", action="store_true", help="print hydra.py without the answers")
     what.add_argument("--grade", metavar="FILE", help="print the points of a filled-in handout")
