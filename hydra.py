@@ -339,8 +339,9 @@ MC_SIM_7B_63 = [[*map(int, digits), rank]
 
 # ---------------------------------------------------------------------- 3 tree attention
 
-# First who sees whom in the tree; then which slots of the KV cache (section 6) that makes. A slot
-# holds a committed token, or is free; the tree lies in free ones while it is verified.
+# First who sees whom in the tree; then which slots of the KV cache that makes. A slot holds a
+# committed token, or is free; the tree lies in free ones while it is verified (`commit_path` in
+# section 6 has the picture).
 
 
 def tree_attention_mask(parents):
@@ -452,7 +453,8 @@ def longest_accepted_path(passes, tree, score=None):
     largest sum wins, and without a score the first in node order.  Returns node (B,).
 
     >>> tree = build_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-    >>> longest_accepted_path(torch.tensor([[1, 1, 0, 0, 1, 1, 1]]).bool(), tree)  # 3 breaks 6
+    >>> # node 2 fails, and 5 with it; 3 fails, and 6 with it; of 0, 1 and 4 the last is deepest
+    >>> longest_accepted_path(torch.tensor([[1, 1, 0, 0, 1, 1, 1]]).bool(), tree)
     tensor([4])
     """
     is_root = tree.depths == 0
@@ -476,8 +478,8 @@ def accept_greedy(tokens, logits, tree):
     """Accept what plain greedy decoding would have written: the argmax passes.
 
     tokens (B, N), logits (B, N, V): the base's logits at every node, of which only the argmax
-    counts.  A node passes when its token is the argmax at its parent.  Returns node (B,), the last
-    of `longest_accepted_path`, and next_token (B,), the base's choice there, the bonus token.
+    counts.  A node passes when its token is the argmax at its parent.  Returns node (B,), where the
+    `longest_accepted_path` ends, and next_token (B,), the base's choice there, the bonus token.
     """
     wanted = logits.argmax(-1)  # (B, N): after each node
     passes = tokens == wanted[:, tree.parents]  # the root's entry is ignored
@@ -506,9 +508,9 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
         p(token | its path) > min(epsilon, delta * exp(-H)),    H = - sum of p log(p + 1e-5)
 
     Where the base is unsure (H large) even improbable tokens pass.  Shapes as in `accept_greedy`;
-    p is the softmax, in fp32, of the parent's logits / temperature.  Among longest paths the
-    likeliest wins: the score is log p.  The bonus token is the last node's argmax; nothing is
-    drawn.  Section 2 of the paper, as in Medusa.
+    p, and with it H, is the parent's: the softmax, in fp32, of its logits / temperature.  Among
+    longest paths the likeliest wins: the score is log p.  The bonus token is the last node's
+    argmax; nothing is drawn.  Section 2 of the paper, as in Medusa.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)  # (B, N, V)
     entropy = -(probs * torch.log(probs + 1e-5)).sum(-1)
@@ -596,9 +598,8 @@ CHUNK = 512  # tokens of a prompt that go through the base at once
 class Decoder:
     """The state of one decoding batch, and the step that advances it.
 
-    A row *runs* until the host sees its end.  A finished row goes on with the others on the device:
-    it commits nothing past max_context, and where too few slots are read for it, its trees
-    overwrite its own text.  Nobody looks at it any more.
+    A row *runs* until the host sees its end; then it goes on with the others on the device, but
+    commits nothing past max_context, and nobody looks at it any more.
 
     model: the base.  heads: DraftHeads, or None with a one-node tree.  max_context: how many
     tokens, prompt included, a row may grow to.  accept: a rule of section 5 that takes (tokens,
@@ -620,7 +621,8 @@ class Decoder:
         self.window = getattr(config, "sliding_window", None)
         self.layer_types = getattr(config, "layer_types", None)
 
-        # what a step changes, always in place: a CUDA graph replays on these very tensors
+        # what a step changes, always in place: a CUDA graph replays on these very tensors (and
+        # `warm_up` puts them back)
         self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)  # text, then tree
         # a row's text is its `length` committed tokens, then its root, the token chosen last
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -645,8 +647,8 @@ class Decoder:
         # draft: guesses below the root, each from the tokens on its own path
         tokens = draft_tree(self.heads, tree, self.root, self.hidden, self.embed)  # (B, N)
 
-        # verify: one forward over all nodes, each seeing the prefix and its ancestors;
-        # out.logits (B, N, V), node_hidden (B, N, D)
+        # verify: one forward over all nodes, each seeing the prefix and its ancestors; it gives
+        # out.logits (B, N, V), node_hidden (B, N, D), and says in cache.slots where the tree lies
         positions = self.length[:, None] + tree.depths  # (B, N)
         out, node_hidden = self.read(self.model, tokens, positions, tree.mask)
 
@@ -657,7 +659,7 @@ class Decoder:
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
         kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
-        # (root and drafts; emitted are drafts and bonus token, as many)
+        # committed: the root and the drafts; emitted: the drafts and the bonus token; as many
         self.length.add_(num_accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(pick(node_hidden, node))
@@ -669,7 +671,7 @@ class Decoder:
         return new_tokens, num_accepted + 1  # the first 3 of them
 
     def read(self, network, tokens, positions, mask):
-        """One forward over tokens (B, T), whose keys and values go into free slots, cache.slots.
+        """One forward over tokens (B, T): their keys and values go into free slots, cache.slots.
 
         network: the base model, or its body alone where nobody needs logits.  positions (B, T):
         where the tokens stand in the text.  mask (T, T) bool: which of them see each other; all
@@ -693,7 +695,7 @@ class Decoder:
         # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
-        # -1 asks for the last state alone, after the final norm (older transformers give all)
+        # -1: the last state alone, which is after the final norm (older versions give all states)
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
         seen = out.hidden_states[-1]
         if self.heads:  # their prefix layer has no window
@@ -727,7 +729,8 @@ class Decoder:
             kept = positions < prompt_length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
-        # there is no hidden state for heads yet, so that step's tree is its root alone
+        # the hidden states above were not kept (rows end in different chunks), and heads have
+        # nothing to read yet: the tree of that step is its root alone
         self.length.copy_(prompt_length - 1)
         self.root.copy_(pick(tokens, self.length))
         first = self.advance(build_tree([]).to(tokens.device))
@@ -736,6 +739,17 @@ class Decoder:
 
     # The same step, faster. Nothing below changes what is decoded.
 
+    def set_slots_read(self):
+        """Read 512 slots, 1024, ... or all, as many as the longest running row needs.
+
+        Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
+        slots than that do no harm: free ones are masked.  Fewer harm a finished row alone, whose
+        trees then overwrite its own text.
+        """
+        needed = self.length_bound + self.tree.num_nodes
+        power_of_two = 1 << (needed - 1).bit_length()
+        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
+
     @torch.inference_mode()
     def step(self, committed=None):
         """`advance`, compiled where asked, on a GPU replayed from a recording; returns the same.
@@ -743,10 +757,11 @@ class Decoder:
         committed: how many tokens a running row has committed at most, from a caller who has seen
         the counts; else the decoder goes by its own bound.  A replay overwrites the last result.
         """
+        # how many slots: by what is committed now; then the bound is on what will be
         require(self.length_bound > 0, "prefill comes before the first step")
         self.length_bound = committed or self.length_bound
         self.set_slots_read()
-        self.length_bound += self.tree.max_depth + 1  # a step commits at most so many
+        self.length_bound += self.tree.max_depth + 1
 
         # there is a recording for each number of slots
         size = self.cache.slots_read
@@ -761,16 +776,6 @@ class Decoder:
             self.graphs[size] = self.record()
         return result
 
-    def set_slots_read(self):
-        """Read 512 slots, 1024, ... or all, as many as the longest running row needs.
-
-        Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
-        slots than that do no harm: free ones are masked.
-        """
-        needed = self.length_bound + self.tree.num_nodes
-        power_of_two = 1 << (needed - 1).bit_length()
-        self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
-
     def record(self):
         """A CUDA graph of a step, and the tensors it writes."""
         graph = torch.cuda.CUDAGraph()
@@ -782,7 +787,10 @@ class Decoder:
         return graph, result
 
     def warm_up(self):
-        """A step on trial, to compile and record; what it changed on the device is put back."""
+        """A step on trial, to compile and record; what it changed on the device is put back.
+
+        (Keys in free slots do not matter, and length_bound may be larger than need be.)
+        """
         if self.advance_function is Decoder.advance and not self.cuda_graph:
             return
         state = (self.cache.slot_positions, self.length, self.root, self.hidden)
@@ -922,7 +930,7 @@ def generate_plain(model, input_ids, **options):
     return generate(model, None, input_ids, tree=[], **options)
 
 
-# What is chosen and checked before the first step.
+# What is chosen and checked before the first step; at a first reading it can be skipped.
 
 
 def choose_tree(heads, tree):
@@ -988,17 +996,19 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    setting = (vars(config) | rope).get  # of the base or its RoPE, by name, or None
+    # setting(name) is what the base, or its RoPE, has under that name, or None
+    setting = (vars(config) | rope).get
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
     other_types = set(setting("layer_types") or ()) - {"full_attention", "sliding_attention"}
 
-    # what is decoded rightly only while context and tree together are short enough
+    # some bases are decoded rightly only while context and tree together are short enough
     limits = [
         setting("window_size"),  # GPT-Neo's local attention
         setting("keep_window_size"),  # Doge's dynamic mask
+        # longrope has other frequencies from this length on
         setting("rope_type") == "longrope" and setting("original_max_position_embeddings"),
     ]
-    limit = min(filter(None, limits), default=math.inf)
+    limit = min(filter(None, limits), default=math.inf)  # most bases have none of them
 
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
