@@ -529,6 +529,7 @@ def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
 class TreeCache(transformers.Cache):
     """Keys and values in S slots for each layer and row; transformers' layers write into it.
 
+    They are given masks and positions, so `update` is all that they call.
     slot_positions (B, S) says what is in a slot: the position in the text of a committed token, or
     -1 if the slot is free.  slots (B, T): where the tokens of the present forward go, chosen by
     `choose_free_slots`.  Only the first slots_read are used: less to attend to in short texts.
@@ -573,9 +574,10 @@ class TreeCache(transformers.Cache):
 def commit_path(slot_positions, slots, positions, kept):
     """Keep the accepted tokens, in place: their positions are written beside their slots.
 
-    slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is.  positions (B, N): where
-    its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the other
-    nodes' slots stay free (-1), and the next tree fills them.  No loop, nothing read by the host.
+    slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is (or T tokens of a prompt,
+    of which all but the last are kept).  positions (B, N): where its nodes stand in the text.  kept
+    (B, N) bool: the accepted path.  No key moves; the other nodes' slots stay free (-1), and the
+    next tree fills them.  No loop, nothing read by the host.
 
         slot                0    1    2    3    4    5    6    7    8    9   10   11
         token             The  cat  sat   on down  the    a    .  mat
@@ -622,8 +624,8 @@ class Decoder:
         self.layer_types = getattr(config, "layer_types", None)
 
         # what a step changes, always in place: a CUDA graph replays on these very tensors (and
-        # `warm_up` puts them back)
-        self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)  # text, then tree
+        # `warm_up` puts them back). Slots for a full text and one tree
+        self.cache = TreeCache(batch_size, max_context + tree.num_nodes, device)
         # a row's text is its `length` committed tokens, then its root, the token chosen last
         self.length = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.root = torch.zeros_like(self.length)  # (B,)

@@ -4178,7 +4178,7 @@ def main(argv=None):
         return 0
     if args.grade:
         return grade_file(args.grade, args.timeout, args.json)
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))
     try:
         if args.compare:
             return compare(args)
