@@ -652,7 +652,7 @@ class Decoder:
         # verify: one forward over all nodes, each seeing the prefix and its ancestors; it gives
         # out.logits (B, N, V), node_hidden (B, N, D), and says in cache.slots where the tree lies
         positions = self.length[:, None] + tree.depths  # (B, N)
-        out, node_hidden = self.read(self.model, tokens, positions, tree.mask)
+        out, node_hidden = self.forward(self.model, tokens, positions, tree.mask)
 
         # accept: the deepest node whose whole path is what the base model wants
         node, bonus = self.accept(tokens, out.logits, tree)  # (B,), (B,)
@@ -668,11 +668,11 @@ class Decoder:
 
         # new in the text: the accepted drafts, then the bonus token. For node 4 of the example
         path_tokens = tokens.gather(1, tree.paths[node])  # sat on a a
-        drafts = path_tokens.roll(-1, dims=1)  # on a a sat
-        new_tokens = drafts.scatter(1, num_accepted[:, None], bonus[:, None])  # on a BONUS sat
+        shifted = path_tokens.roll(-1, dims=1)  # on a a sat
+        new_tokens = shifted.scatter(1, num_accepted[:, None], bonus[:, None])  # on a BONUS sat
         return new_tokens, num_accepted + 1  # the first 3 of them
 
-    def read(self, network, tokens, positions, mask):
+    def forward(self, network, tokens, positions, mask):
         """One forward over tokens (B, T): their keys and values go into free slots, cache.slots.
 
         network: the base model, or its body alone where nobody needs logits.  positions (B, T):
@@ -699,10 +699,10 @@ class Decoder:
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
         # -1: the last state alone, which is after the final norm (older versions give all states)
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
-        seen = out.hidden_states[-1]
-        if self.heads:  # their prefix layer has no window
-            seen = self.heads.read_prefix(seen, attention_mask=full, **kwargs)
-        return out, seen
+        hidden = out.hidden_states[-1]
+        if self.heads:  # what they see in its place; their prefix layer has no window
+            hidden = self.heads.read_prefix(hidden, attention_mask=full, **kwargs)
+        return out, hidden
 
     @torch.inference_mode()
     def prefill(self, input_ids, attention_mask=None):
@@ -727,7 +727,7 @@ class Decoder:
         for columns in torch.arange(longest, device=tokens.device).split(CHUNK):
             positions = columns.expand(len(tokens), -1)  # (B, T)
             causal = columns[:, None] >= columns  # (T, T)
-            self.read(self.model.base_model, tokens[:, columns], positions, causal)
+            self.forward(self.model.base_model, tokens[:, columns], positions, causal)
             kept = positions < prompt_length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
 
@@ -753,15 +753,15 @@ class Decoder:
         self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
 
     @torch.inference_mode()
-    def step(self, committed=None):
+    def step(self, max_committed=None):
         """`advance`, compiled where asked, on a GPU replayed from a recording; returns the same.
 
-        committed: how many tokens a running row has committed at most, from a caller who has seen
-        the counts; else the decoder goes by its own bound.  A replay overwrites the last result.
+        max_committed: how many tokens a running row has committed at most, from a caller who has
+        seen the counts; None: the decoder's own bound.  A replay overwrites the last result.
         """
         # how many slots: by what is committed now; then the bound is on what will be
         require(self.length_bound > 0, "prefill comes before the first step")
-        self.length_bound = committed or self.length_bound
+        self.length_bound = max_committed or self.length_bound
         self.set_slots_read()
         self.length_bound += self.tree.max_depth + 1
 

@@ -594,7 +594,7 @@ def test_tree_attention_gives_each_node_the_logits_of_its_path_alone(name):
     heads = make_heads("hydra++", model)
     decoder, _ = decoder_after_prompt(model, heads, choices, prompts)
     tokens, tree = torch.randint(VOCAB, (3, 16)), decoder.tree
-    out, hidden = decoder.read(model, tokens, decoder.length[:, None] + tree.depths, tree.mask)
+    out, hidden = decoder.forward(model, tokens, decoder.length[:, None] + tree.depths, tree.mask)
     for row, node in itertools.product(range(3), range(16)):
         path = [tokens[row, other].item() for other in [0, *ancestors(choices, node)]]
         alone = model(torch.tensor([[*prompts[row], *path]]), output_hidden_states=True)
@@ -614,7 +614,7 @@ def test_tree_attention_of_the_prefix_layer_is_that_of_training(name):
     trained = heads.read_prefix(model(text, output_hidden_states=True).hidden_states[-1])
     chain = torch.ones(2, 2).tril().bool()
     positions = torch.tensor([[2 * WINDOW, 2 * WINDOW + 1]])
-    _, hidden = decoder.read(model, text[:, -2:], positions, chain)
+    _, hidden = decoder.forward(model, text[:, -2:], positions, chain)
     assert_close(hidden, trained[:, -2:], atol=1e-4, rtol=1e-4)
 
 
@@ -3572,7 +3572,7 @@ def phase_seconds(decoder, cuda_graph):
     draft = partial(hydra.draft_tree, decoder.heads, tree, decoder.root, decoder.hidden,
                     decoder.embed)
     tokens = draft()
-    verify = partial(decoder.read, decoder.model, tokens, positions, tree.mask)
+    verify = partial(decoder.forward, decoder.model, tokens, positions, tree.mask)
     out, _ = verify()
     accept = partial(decoder.accept, tokens, out.logits, tree)
     node, slots = accept()[0], cache.slots
