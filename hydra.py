@@ -574,10 +574,10 @@ class TreeCache(transformers.Cache):
 def commit_path(slot_positions, slots, positions, kept):
     """Keep the accepted tokens, in place: their positions are written beside their slots.
 
-    slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is (or T tokens of a prompt,
-    of which all but the last are kept).  positions (B, N): where its nodes stand in the text.  kept
-    (B, N) bool: the accepted path.  No key moves; the other nodes' slots stay free (-1), and the
-    next tree fills them.  No loop, nothing read by the host.
+    slot_positions (B, S): TreeCache's.  slots (B, N): where the tree is.  positions (B, N): where
+    its nodes stand in the text.  kept (B, N) bool: the accepted path.  No key moves; the other
+    nodes' slots are free, -1 is written there, and the next tree fills them.  Returns nothing; no
+    loop, nothing read by the host.
 
         slot                0    1    2    3    4    5    6    7    8    9   10   11
         token             The  cat  sat   on down  the    a    .  mat
@@ -634,7 +634,7 @@ class Decoder:
                                   device=device)
 
         # the same step, faster: see `step`
-        self.length_bound = 0  # the host's upper bound on `length` of running rows
+        self.length_bound = 0  # the host's upper bound on the `length` of running rows
         self.graphs = {}  # slots read: the recorded step, and the tensors it writes
         self.cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
         # called with self: a bound method here would be a cycle, and free memory late
@@ -661,12 +661,13 @@ class Decoder:
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
         kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
-        # committed: the root and the drafts; emitted: the drafts and the bonus token; as many
+        # the root and the drafts; new below are the drafts and the bonus token, just as many
         self.length.add_(num_accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(pick(node_hidden, node))
 
-        # new in the text: the accepted drafts, then the bonus token. For node 4 of the example
+        # new in the text: the path without the root, then the bonus token, then what is left over.
+        # For node 4 of the example:
         path_tokens = tokens.gather(1, tree.paths[node])  # sat on a a
         shifted = path_tokens.roll(-1, dims=1)  # on a a sat
         new_tokens = shifted.scatter(1, num_accepted[:, None], bonus[:, None])  # on a BONUS sat
@@ -697,7 +698,8 @@ class Decoder:
         # a node may stand past the end of the context, where there are no positions: never kept
         position_ids = positions.clamp(max=self.max_context - 1)
         kwargs = dict(position_ids=position_ids, past_key_values=cache, use_cache=True)
-        # -1: the last state alone, which is after the final norm (older versions give all states)
+        # -1 asks transformers for the last state alone, the one after the final norm; releases that
+        # do not know it take it for True, and give all
         out = network(tokens, attention_mask=masks, output_hidden_states=-1, **kwargs)
         hidden = out.hidden_states[-1]
         if self.heads:  # what they see in its place; their prefix layer has no window
@@ -714,7 +716,7 @@ class Decoder:
         prompt_length = attention_mask.sum(1)  # (B,)
         longest = int(prompt_length.max())
         self.length_bound = longest
-        self.set_slots_read()
+        self.set_slots_read(longest)
         self.cache.slot_positions.fill_(-1)
 
         # padding moves to the end of its row, where causal attention never sees it; now a token's
@@ -727,6 +729,7 @@ class Decoder:
         for columns in torch.arange(longest, device=tokens.device).split(CHUNK):
             positions = columns.expand(len(tokens), -1)  # (B, T)
             causal = columns[:, None] >= columns  # (T, T)
+            # for its keys and values alone, the prefix layer's among them
             self.forward(self.model.base_model, tokens[:, columns], positions, causal)
             kept = positions < prompt_length[:, None] - 1
             commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
@@ -741,14 +744,14 @@ class Decoder:
 
     # The same step, faster. Nothing below changes what is decoded.
 
-    def set_slots_read(self):
-        """Read 512 slots, 1024, ... or all, as many as the longest running row needs.
+    def set_slots_read(self, length):
+        """Read 512 slots, 1024, ... or all, as many as a row with so many committed tokens needs.
 
         Trees go into the first free slots, so a row of n tokens lies within its first n + N.  More
         slots than that do no harm: free ones are masked.  Fewer harm a finished row alone, whose
         trees then overwrite its own text.
         """
-        needed = self.length_bound + self.tree.num_nodes
+        needed = length + self.tree.num_nodes
         power_of_two = 1 << (needed - 1).bit_length()
         self.cache.slots_read = min(max(512, power_of_two), self.cache.num_slots)
 
@@ -759,11 +762,10 @@ class Decoder:
         max_committed: how many tokens a running row has committed at most, from a caller who has
         seen the counts; None: the decoder's own bound.  A replay overwrites the last result.
         """
-        # how many slots: by what is committed now; then the bound is on what will be
         require(self.length_bound > 0, "prefill comes before the first step")
-        self.length_bound = max_committed or self.length_bound
-        self.set_slots_read()
-        self.length_bound += self.tree.max_depth + 1
+        committed = max_committed or self.length_bound
+        self.set_slots_read(committed)
+        self.length_bound = committed + self.tree.max_depth + 1  # when this step is done
 
         # there is a recording for each number of slots
         size = self.cache.slots_read
@@ -821,7 +823,7 @@ class Row:
         self.max_length = max_length
         self.eos = eos  # tokens that end it
         self.new_tokens = []
-        self.emitted = []  # for each step its number of tokens, accepted drafts + 1
+        self.emitted = []  # counts: for prefill 1, for each step accepted drafts + 1
         self.running = True
 
     def add(self, tokens):
@@ -841,7 +843,7 @@ class Output:
 
     sequences: torch.Tensor  # (B, T'): the prompt as given, from column T new tokens, padding
     new_tokens: list  # for each row its new tokens, without padding
-    emitted: list  # for each row and step: accepted drafts + 1, not cut at EOS
+    emitted: list  # counts, for each row and step: accepted drafts + 1, not cut at EOS
     seconds: float  # of all steps, prefill left out
 
     @property
@@ -868,12 +870,13 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
     running = rows
     while running:
         # the host's one look at a step
-        num_shown = len(rows[0].new_tokens)
+        num_shown = len(rows[0].new_tokens)  # by the streamer
         for row, tokens, count in zip(rows, step_tokens.tolist(), counts.tolist()):
             if row.running:
                 row.add(tokens[:count])
 
-        # of each text all but its last token, the root, is committed: hence - 1
+        # launch the next step before printing. Of each text all but its last token, the root, is
+        # committed: hence - 1
         running = [row for row in rows if row.running]
         if running:
             step_tokens, counts = decoder.step(max(row.text_length for row in running) - 1)
@@ -998,29 +1001,29 @@ def check_fit(model, heads, tree, max_context):
     """Raise ValueError if the base cannot read a tree, or heads, tree and context do not fit it."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    # setting(name) is what the base, or its RoPE, has under that name, or None
-    setting = (vars(config) | rope).get
+    # get_setting(name) is what the base, or its RoPE, has under that name, or None
+    get_setting = (vars(config) | rope).get
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(model.forward).parameters)
-    other_types = set(setting("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    other_types = set(get_setting("layer_types") or ()) - {"full_attention", "sliding_attention"}
 
     # some bases are decoded rightly only while context and tree together are short enough
     limits = [
-        setting("window_size"),  # GPT-Neo's local attention
-        setting("keep_window_size"),  # Doge's dynamic mask
+        get_setting("window_size"),  # GPT-Neo's local attention
+        get_setting("keep_window_size"),  # Doge's dynamic mask
         # longrope has other frequencies from this length on
-        setting("rope_type") == "longrope" and setting("original_max_position_embeddings"),
+        get_setting("rope_type") == "longrope" and get_setting("original_max_position_embeddings"),
     ]
     limit = min(filter(None, limits), default=math.inf)  # most bases have none of them
 
     vocab, width = model.get_output_embeddings().weight.shape
     made_for = (heads.vocab, heads.width) if heads else (vocab, width)
     num_heads = heads.config.num_heads if heads else 0
-    obstacles = [  # (what must be false or empty, what to say)
+    obstacles = [  # (what is wrong, unless it is false or empty; what to say)
         # of the base
         (model._is_stateful, "its layers carry a running state"),
         (missing, f"it does not take {missing}"),
-        (setting("alibi"), "with alibi it tells positions by slots"),
-        (setting("num_random_blocks"), "its attention is sparse at random"),  # BigBird
+        (get_setting("alibi"), "with alibi it tells positions by slots"),
+        (get_setting("num_random_blocks"), "its attention is sparse at random"),  # BigBird
         (other_types, f"it has layers of type {other_types}"),
         (config._attn_implementation not in ("sdpa", "eager"), "load it with sdpa attention"),
         # of what is asked of it

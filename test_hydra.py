@@ -1610,8 +1610,7 @@ def test_decode_loop_stepped_by_hand_knows_how_long_a_row_may_be():
 def test_decode_loop_slots_read_are_a_power_of_two_or_all(length_bound, context, slots_read):
     model = base("llama", max_position_embeddings=2000)
     decoder = hydra.Decoder(model, make_heads("hydra", model), hydra.build_tree(SEVEN), 1, context)
-    decoder.length_bound = length_bound  # and 7 nodes
-    decoder.set_slots_read()
+    decoder.set_slots_read(length_bound)  # and 7 nodes
     assert decoder.cache.slots_read == slots_read
 
 
