@@ -371,7 +371,7 @@ def visible_slots(slot_positions, slots, mask):
     """Which slots of the cache each of T tokens sees: all committed ones, its ancestors', its own.
 
     slot_positions (B, S): the position of the committed token in each slot, -1 where it is free.
-    slots (B, T): the free slots that the T tokens were written to.  mask (T, T) bool: which of
+    slots (B, T): the free slots that the T tokens will go to.  mask (T, T) bool: which of
     them see each other, the tree's ancestors, or causal in a prompt.  Returns (B, T, S) bool.
 
     >>> slot_positions = torch.tensor([[0, -1, 1, -1]])  # two tokens are committed
@@ -499,7 +499,7 @@ def accept_sampling(tokens, logits, tree, temperature):
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     # subtle: argmax of p / e with e ~ Exponential(1) is a draw from p, without asking the host
     noise = torch.empty_like(probs).exponential_()
-    return accept_greedy(tokens, probs / noise, tree)  # the argmax is the draw
+    return accept_greedy(tokens, probs / noise, tree)  # no logits, but the argmax is the draw
 
 
 def accept_typical(tokens, logits, tree, temperature, epsilon=0.09, delta=0.3):
@@ -551,7 +551,7 @@ class TreeCache(transformers.Cache):
         `update` writes there, and `commit_path` keeps some of them, until the next forward.
         """
         taken = self.slot_positions[:, : self.slots_read] >= 0
-        # by number, taken ones last; topk returns them sorted
+        # by number, taken ones last (a finished row may need them); topk returns them sorted
         sort_key = taken * self.num_slots + self.slot_numbers[: self.slots_read]
         self.slots = sort_key.topk(count, largest=False).indices
 
@@ -661,7 +661,8 @@ class Decoder:
         # commit: a node's row of the mask is the path to it. Past the context nothing is kept
         kept = tree.mask[node] & (positions < self.max_context)  # (B, N)
         commit_path(self.cache.slot_positions, self.cache.slots, positions, kept)
-        # the root and the drafts; new below are the drafts and the bonus token, just as many
+        # committed are root and accepted drafts, emitted are accepted drafts and bonus token: both
+        # are num_accepted + 1
         self.length.add_(num_accepted + 1).clamp_(max=self.max_context)
         self.root.copy_(bonus)
         self.hidden.copy_(pick(node_hidden, node))
@@ -742,7 +743,9 @@ class Decoder:
         self.warm_up()
         return first
 
-    # The same step, faster. Nothing below changes what is decoded.
+    # The same step, faster. Nothing below changes what is decoded. For each number of slots that
+    # attention reads, the first step is run as it is and then recorded, later ones are replayed;
+    # `warm_up` is such a first step, undone.
 
     def set_slots_read(self, length):
         """Read 512 slots, 1024, ... or all, as many as a row with so many committed tokens needs.
@@ -875,8 +878,7 @@ def decode(decoder, input_ids, *, attention_mask=None, max_new_tokens=128, eos_t
             if row.running:
                 row.add(tokens[:count])
 
-        # launch the next step before printing. Of each text all but its last token, the root, is
-        # committed: hence - 1
+        # launch the next step before printing. A text is committed tokens, then the root: hence - 1
         running = [row for row in rows if row.running]
         if running:
             step_tokens, counts = decoder.step(max(row.text_length for row in running) - 1)
