@@ -1491,6 +1491,7 @@ class ColourStreamer(transformers.TextStreamer):
 
 
 def has_colour():
+    """Does standard output show colours, and are they wanted (no-color.org)?"""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -1592,7 +1593,7 @@ def run(args):
 
 # (option, default, what it is); a default of None is told in words
 OPTIONS = {
-    "options": [
+    "model and prompt": [
         ("--model", None, "demo, vicuna-7b, vicuna-13b, vicuna-33b, a folder, or a name on the Hub "
          "(default: the base that --heads name, or demo, which trains itself the first time)"),
         ("--heads", None, "draft heads: a folder, or a name on the Hub (default: the model's own)"),
